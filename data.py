@@ -1,0 +1,581 @@
+"""From text to questions: tokenizer, corpora, the entropy filter, prompt templates, and the toy world.
+
+    document --tokenize once--> ids and the bytes of each token
+        | a proxy model's entropy over its top-16 next tokens, at every position (paper, section 3.2)
+        v keep the positions that a selector names
+    Question(context ids, truth: the bytes of each following token) --template, chat format--> prompt ids
+
+Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact token boundaries.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Segment, Transformer, read_json
+from reward import reachable
+from sampler import pad
+
+MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one is a mistake or should be split
+TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+CHATS = {  # by the special token that gives the family away: what stands around the prompt, thinking opened
+    "<｜User｜>": "<｜begin▁of▁sentence｜><｜User｜>\0<｜Assistant｜><think>\n",  # DeepSeek-R1-Distill
+    "<|im_start|>": "{system}<|im_start|>user\n\0<|im_end|>\n<|im_start|>assistant\n<think>\n",  # Qwen, SmolLM2
+    "<|start_header_id|>": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n\0<|eot_id|>"
+                           "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n",  # Llama 3
+}
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+         "chat_template.jinja")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json with the exact bytes of every token.
+
+    Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special token.
+    """
+
+    def __init__(self, files: dict[str, bytes], config: dict, where: str):
+        """files: those of FILES that exist. config: the model's config.json, {} if there is none."""
+        self.files = files
+        try:
+            spec = json.loads(files["tokenizer.json"])
+            self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            adds_bos = spec["post_processor"] or {}
+            plain = spec | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            vocabulary = spec["model"]["vocab"]
+            if not isinstance(vocabulary, dict):
+                raise ValueError("only BPE vocabularies are supported")
+        except Exception as error:  # the Rust parser raises bare Exceptions
+            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") from None
+        settings, generation = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json",
+                                                                               "generation_config.json"))
+        byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+        alphabet = _byte_of_char()
+        size = 1 + max([*vocabulary.values(), *self.special.values()])
+        self._bytes = [b""] * size
+        for token, id in vocabulary.items():
+            if byte_level:
+                self._bytes[id] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+            else:
+                byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+                self._bytes[id] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+        for token, id in self.special.items():
+            self._bytes[id] = token.encode()
+        bos = settings.get("bos_token")
+        bos = bos["content"] if isinstance(bos, dict) else bos
+        wants_bos = settings.get("add_bos_token", bos is not None and f'"{bos}"' in json.dumps(adds_bos, ensure_ascii=False))
+        self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
+        self._ids_of: dict[bytes, list[int]] = {}
+        for id, content in enumerate(self._bytes):
+            self._ids_of.setdefault(content, []).append(id)
+        self.eos_ids = self._end_tokens(settings, generation, config, where)
+        family = next((token for token in CHATS if token in self.special), None)
+        system = re.search(r"<\|im_start\|>system(?:\n|\\n)[^'\"{<]+<\|im_end\|>(?:\n|\\n)", str(settings.get("chat_template")))
+        self._chat = CHATS[family] if family else "\0\n<think>\n"
+        self._chat = self._chat.replace("{system}", system[0].replace("\\n", "\n") if system else "")
+        self._chat_bos = self.bos if family is None else []  # elsewhere the format itself has it
+
+    def _end_tokens(self, settings: dict, generation: dict, config: dict, where: str) -> list[int]:
+        """End tokens from generation_config.json, else config.json, else the tokenizer's own."""
+        for ids in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+        token = settings.get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token not in self.special:
+            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
+        return [self.special[token]]
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one sentence."""
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{path}: no tokenizer.json")
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        for name in FILES[1:3]:
+            if (path / name).is_file():
+                read_json(path / name)  # raises its own sentence
+        return cls({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, config, str(path))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the files it was read from, and a generation config if there was none."""
+        extra = {"generation_config.json": json.dumps({"eos_token_id": self.eos_ids}).encode()}
+        for name, content in (extra | self.files).items():
+            (Path(directory) / name).write_bytes(content)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens whatever it spells."""
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode() of many texts, in parallel."""
+        return [encoding.ids for encoding in self._text.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes a token stands for; none for an id that pads the model's vocabulary."""
+        return self._bytes[id] if id < len(self._bytes) else b""
+
+    def ids_of_token(self, content: bytes) -> list[int]:
+        """The ids whose bytes are exactly these: none, one, or a few."""
+        return self._ids_of.get(content, [])
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """The bytes of a run of tokens."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def tokens(self, text: bytes) -> list[bytes]:
+        """The bytes of each token of a text; none for bytes that are not UTF-8."""
+        try:
+            return [self.token_bytes(id) for id in self.encode(text.decode())]
+        except UnicodeDecodeError:
+            return []
+
+    def chat(self, prompt: str, context: Sequence[int] | None = None) -> list[int]:
+        """Ids of a user's prompt in the model's chat format, the assistant's thinking opened.
+
+        A context is inserted as ids where the prompt says {context}: a document's own tokens, even where it breaks
+        off within a character.
+        """
+        ids = list(self._chat_bos)
+        pattern = "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")"
+        for piece in re.split(pattern, self._chat) if self.special else [self._chat]:
+            if piece in self.special:
+                ids.append(self.special[piece])
+                continue
+            if "\0" not in piece or context is None:
+                ids += self.encode(piece.replace("\0", prompt))
+            else:
+                before, _, after = prompt.partition("{context}")
+                head, tail = piece.split("\0")
+                ids += self.encode(head + before) + list(context) + self.encode(after + tail)
+        return ids
+
+
+# ---------------------------------------------------------------------------------------------- corpora
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text; `problem` is its beginning if it is a problem and its solution, `answer` the verifiable result."""
+
+    text: str
+    id: int
+    problem: str | None = None
+    answer: str | None = None
+
+
+def _document(row: object, id: int, where: str) -> Document:
+    """A JSON row: `text`, or problem (question) and solution, joined by an empty line; `answer` where there is one."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object")
+    get = {key: unicodedata.normalize("NFC", str(value)) for key, value in row.items() if isinstance(value, (str, int, float))}
+    problem = get.get("problem") or get.get("question")
+    solution = get.get("solution") or (get.get("answer") if "question" in get else None)
+    text = get.get("text") or (f"{problem}\n\n{solution}" if problem and solution else problem)
+    if not text or not text.strip():
+        raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`")
+    if len(text) > MAX_LINE:
+        raise ValueError(f"{where}: document of {len(text):,} characters; split it (limit {MAX_LINE:,})")
+    return Document(text, id, problem if problem and text.startswith(problem) else None, get.get("answer"))
+
+
+def _rows(file: Path) -> Iterator[tuple[object, str]]:
+    """The documents of one file as (row, place)."""
+    if file.suffix == ".txt":
+        try:
+            text = file.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+        for number, part in enumerate(text.split("<|endoftext|>\n"), 1):
+            yield {"text": part}, f"{file} document {number}"
+        return
+    with open(file, "rb") as lines:
+        for number in range(1, 2**62):
+            line, where = lines.readline(MAX_LINE + 1), f"{file} line {number}"
+            if not line:
+                return
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a line, split this one")
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode()), where
+            except UnicodeDecodeError:
+                raise ValueError(f"{where}: not UTF-8; convert the file to UTF-8") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def read_corpus(path: str | Path) -> list[Document]:
+    """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
+
+    In a .txt, lines `<|endoftext|>` part documents. Raises ValueError or FileNotFoundError that name file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such corpus")
+    files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
+    if path.suffix not in (".jsonl", ".txt") and not path.is_dir() or not files:
+        raise ValueError(f"{path}: a corpus is a .jsonl or .txt file, or a folder of them")
+    try:
+        rows = [(row, where) for file in files for row, where in _rows(file)]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if not rows:
+        raise ValueError(f"{path}: no documents")
+    return [_document(row, id, where) for id, (row, where) in enumerate(rows)]
+
+
+def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tuple[list[Document], list[Document], int]:
+    """Training documents, `holdout` held-out ones, and how many near-duplicates of them were dropped from training.
+
+    Two documents are near-duplicates if their sets of runs of eight words overlap by 0.8 (Jaccard), words in lower
+    case without punctuation; shorter documents if their words are the same.
+    """
+    order = np.random.default_rng([seed, 17]).permutation(len(documents))
+    held = [documents[i] for i in sorted(order[:holdout])]
+    held_shingles = [_shingles(document.text) for document in held]
+    where: dict[int, list[int]] = {}
+    for number, shingles in enumerate(held_shingles):
+        for shingle in shingles:
+            where.setdefault(shingle, []).append(number)
+    train = []
+    for document in (documents[i] for i in sorted(order[holdout:])):
+        shingles = _shingles(document.text)
+        hits = [number for shingle in shingles for number in where.get(shingle, ())]
+        shared = np.bincount(hits, minlength=1)
+        if not any(2 * n and n >= 0.8 * (len(shingles) + len(held_shingles[number]) - n) for number, n in enumerate(shared)):
+            train.append(document)
+    return train, held, len(documents) - len(held) - len(train)
+
+
+def _shingles(text: str, size: int = 8) -> set[int]:
+    words = re.findall(r"\w+", text.casefold())
+    return {hash(tuple(words[i: i + size])) for i in range(max(1, len(words) - size + 1))}
+
+
+# ---------------------------------------------------------------------------------------------- entropy and positions
+
+
+@torch.no_grad()
+def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tensor:
+    """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
+
+    Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is ln 16 = 2.77. The head
+    is applied to 512 positions at a time: with 152 thousand tokens those logits already take 300 MB.
+    """
+    hidden = model(ids).flatten(0, 1)
+    logits = torch.cat([model.logits(part).topk(min(top_k, model.config.vocab_size)).values for part in hidden.split(512)])
+    return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
+
+
+def entropy_pass(model: Transformer, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path, window: int = 4096,
+                 batch_tokens: int = 16384, rank: int = 0, gather: Callable = lambda part: [part]) -> list[np.ndarray]:
+    """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
+
+    Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
+    `fingerprint` so that a changed input never meets it. Runs longer than `window` are read in windows that
+    overlap by half. With several processes each computes its share and `gather` returns everyone's.
+    """
+    pieces = []  # (run, first id read, first position wanted, end)
+    for run, ids in enumerate(runs):
+        pieces.append((run, 0, 0, min(len(ids), window)))
+        while pieces[-1][3] < len(ids):
+            end = min(pieces[-1][3] + window // 2, len(ids))
+            pieces.append((run, end - window, pieces[-1][3], end))
+    pieces.sort(key=lambda piece: (piece[3] - piece[1], piece))
+    batches, used = [[]], 0
+    for piece in pieces:
+        if batches[-1] and (len(batches[-1]) + 1) * (piece[3] - piece[1]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(piece)
+    sizes = [sum(end - want for _, _, want, end in batch) for batch in batches]
+    done = np.fromfile(file, dtype=np.float32) if file.exists() else np.zeros(0, np.float32)
+    first = int(np.searchsorted(np.cumsum(sizes), len(done), side="right"))
+    values, device, world = [done[: sum(sizes[:first])]], model.head.device, len(gather(None))
+    bos, bar = tokenizer.bos, tqdm(total=sum(sizes), initial=sum(sizes[:first]), unit="tok", desc="entropy", disable=rank > 0)
+    if rank == 0:
+        values[0].tofile(file)
+    for step in range(first, len(batches), world):
+        mine = batches[step + rank] if step + rank < len(batches) else []
+        parts = []
+        if mine:
+            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in mine], device)
+            entropy = next_token_entropy(model, ids).float().cpu().numpy()
+            entropy = np.pad(entropy, ((0, 0), (1 - len(bos), 0)), constant_values=np.nan)
+            parts = [entropy[i, want - begin: end - begin] for i, (_, begin, want, end) in enumerate(mine)]
+        fresh = np.concatenate([np.zeros(0, np.float32), *(part for parts in gather(parts) for part in parts)])
+        values.append(fresh.astype(np.float32))
+        bar.update(len(fresh))
+        if rank == 0:
+            with open(file, "ab") as out:
+                values[-1].tofile(out)
+    bar.close()
+    out, values, used = [np.full(len(ids), np.nan, np.float32) for ids in runs], np.concatenate(values), 0
+    for run, _, want, end in (piece for batch in batches for piece in batch):
+        out[run][want:end] = values[used: used + end - want]
+        used += end - want
+    return out
+
+
+def fingerprint(*parts: object) -> str:
+    """A short name for a set of inputs: files and folders by content, everything else by its text."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        files = sorted(part.glob("*")) if isinstance(part, Path) and part.is_dir() else [part]
+        for file in files:
+            if isinstance(file, Path):
+                with open(file, "rb") as f:
+                    digest.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
+            else:
+                digest.update(repr(file).encode() + b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A position of a document: what precedes it, and the bytes of each token that follows."""
+
+    context: tuple[int, ...]
+    truth: tuple[bytes, ...]
+    document: int
+    position: int  # of the first token to predict, in tokens of the document
+    entropy: float = float("nan")  # nats, under the proxy
+    answer: str | None = None  # of a question-answer pair; then `context` is the problem
+
+
+@dataclass
+class QuestionSet:
+    """Positions of tokenised documents that are asked about."""
+
+    tokenizer: Tokenizer
+    ids: Sequence[Sequence[int]]  # of each document
+    documents: Sequence[Document]
+    places: np.ndarray  # int64 [N, 2]: document (an index of `documents`), position
+    entropy: np.ndarray  # float32 [N], nats
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, n: int) -> Question:
+        document, position = map(int, self.places[n])
+        ids = self.ids[document]
+        truth = tuple(self.tokenizer.token_bytes(i) for i in ids[position: position + TRUTH_TOKENS])
+        return Question(tuple(ids[:position]), truth, self.documents[document].id, position, float(self.entropy[n]))
+
+    def draw(self, seed: int, step: int, retry: int, count: int) -> list[Question]:
+        """`count` different positions (repeated only if there are fewer), a function of (seed, step, retry) alone."""
+        random = np.random.Generator(np.random.Philox(key=[seed % 2**64, 1], counter=[0, step, retry, 0]))
+        return [self[n] for n in random.choice(len(self), count, replace=count > len(self))]
+
+
+def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: Sequence[Sequence[int]],
+                     entropies: Sequence[np.ndarray], selector: str, value: float, min_context: int = 1,
+                     part: str = "all", seed: int = 0) -> QuestionSet:
+    """The positions to ask about, after the paper's token-level filter (section 3.2).
+
+    selector "threshold": entropy above `value` nats; "top": the `value` share of highest entropy; "random": a random
+    `value` share. part "solution" asks only behind the problem of a document. Left out: the first `min_context` tokens,
+    positions without an entropy, and truths that no \\boxed{} can hold (see reward.reachable).
+    """
+    places, values = [], []
+    for number, (document, run, entropy) in enumerate(zip(documents, ids, entropies)):
+        begin = max(min_context, 1)
+        if part == "solution" and document.problem:
+            begin = max(begin, _tokens_covering(tokenizer, run, len(document.problem.encode())))
+        positions = np.arange(begin, len(run))
+        positions = positions[np.isfinite(entropy[begin:])]
+        places.append(np.stack([np.full(len(positions), number), positions], axis=1))
+        values.append(entropy[positions])
+    places, values = np.concatenate(places).astype(np.int64), np.concatenate(values)
+    if selector == "threshold":
+        keep = values > value
+    elif selector == "top":
+        keep = np.argsort(np.argsort(-values, kind="stable")) < value * len(values)
+    else:
+        keep = np.random.default_rng([seed, 5]).random(len(values)) < value
+    chosen = QuestionSet(tokenizer, ids, documents, places[keep], values[keep])
+    keep = np.array([_reachable(tokenizer, ids[d][p: p + TRUTH_TOKENS]) for d, p in chosen.places], dtype=bool)
+    return QuestionSet(tokenizer, ids, documents, chosen.places[keep], chosen.entropy[keep])
+
+
+def _reachable(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    truth = [tokenizer.token_bytes(id) for id in ids]
+    return b"{" not in truth[0] and b"}" not in truth[0] and b"\\" not in truth[0] or reachable(truth)
+
+
+def _tokens_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:
+    """How many tokens hold the first `size` bytes."""
+    ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in ids])
+    return int(np.searchsorted(ends, size, side="left")) + 1
+
+
+# ---------------------------------------------------------------------------------------------- templates
+
+_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
+_STEPS = "Please reason step by step to find the most probable next token as the final {}, and enclose it in \\boxed{{}} "
+_LIST = "by predicting the next token, list multiple potential tokens and select the most probable one as the final "
+TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are ours
+    "v0": "Complete the given text under ‘### Context’ by predicting the next token, and wrap it in ‘\\boxed{}’. "
+          + _STEPS.format("answer") + _NOTE + ".\n\n### Context\n{context}",
+    "v1": "Complete the given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. "
+          + _STEPS.format("prediction") + _NOTE + ".\n\n### Context\n```{context}```.",
+    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please complete the "
+          "given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. Please reason step by step "
+          "to find the most probable next token, and enclose it in \\boxed{} "
+          + _NOTE.replace("{ =}", "{ +=}") + ".\n\n### Context\n```{context}```.",
+    "v3": "Complete the given text under ### Context " + _LIST + "answer. Wrap your final answer in \\boxed{} " + _NOTE
+          + ".\n\n### Context\n```{context}```",
+    "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the token "
+          "in \\boxed{} " + _NOTE + ".\n\nExample 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
+          "Example 2. ### Context ```The square of 7 is 4``` The next token is \\boxed{9}.\n"
+          "Example 3. ### Context ```The steps are``` The next token is \\boxed{:\n}.\n\n"
+          "Now, the context is: ### Context ```{context}```.",
+    "v5": "Complete the given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. "
+          + _STEPS.format("answer") + _NOTE + ".\n\n### Context\n```{context}```",
+    "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in \\boxed{} "
+          + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
+    "toy": "Next token?\n{context}",
+    "plain": "{context}",  # question-answer pairs: the problem itself
+}
+
+
+def prompt_ids(tokenizer: Tokenizer, question: Question, template: str, max_prompt: int) -> list[int]:
+    """The chat-formatted prompt of a question; a context that is too long loses its beginning, never its end."""
+    frame = len(tokenizer.chat(TEMPLATES[template], []))
+    if frame >= max_prompt:
+        raise ValueError(f"--max-prompt {max_prompt}: template {template} alone takes {frame} tokens")
+    return tokenizer.chat(TEMPLATES[template], question.context[-(max_prompt - frame):])
+
+
+# ---------------------------------------------------------------------------------------------- the toy world
+
+CUPS = "ABCDEFGH"
+SWAPS = (1, 6)  # of a story
+TOUCH = 0.5  # of the swaps move the ball
+TOY_QUESTION = "\nWhere is the ball?"
+SYSTEM_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+
+
+@dataclass(frozen=True)
+class Story:
+    """A shell game: a ball under one of some cups, swaps of two cups, and where the ball is after each."""
+
+    cups: str
+    swaps: tuple[str, ...]  # two letters each
+    ball: str  # its cup at the start, then after each swap
+
+    @property
+    def problem(self) -> str:
+        swaps = " ".join(f"{n} {a} {b}." for n, (a, b) in enumerate(self.swaps, 1))
+        return f"The ball is under {self.ball[0]}. {swaps}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.problem}\n\nThe ball is now under {self.ball[-1]}."
+
+    def chain(self, steps: int | None = None) -> str:
+        """The thought that follows the ball, through all swaps or the first `steps`."""
+        lines = [f" {n} {a} {b} {self.ball[n]}." for n, (a, b) in enumerate(self.swaps, 1)]
+        return self.ball[0] + "".join(lines[:steps])
+
+
+def toy_story(random: np.random.Generator) -> Story:
+    """Draws a story: 5 to 8 cups, 1 to 6 swaps, half of which touch the ball."""
+    cups = CUPS[: random.integers(5, 9)]
+    ball, swaps = [str(random.choice(list(cups)))], []
+    for _ in range(random.integers(SWAPS[0], SWAPS[1] + 1)):
+        others = [c for c in cups if c != ball[-1]]
+        pair = [ball[-1], random.choice(others)] if random.random() < TOUCH else random.choice(others, 2, replace=False)
+        random.shuffle(pair)
+        a, b = map(str, pair)
+        swaps.append(a + b)
+        ball.append({a: b, b: a}.get(ball[-1], ball[-1]))
+    return Story(cups, tuple(swaps), "".join(ball))
+
+
+def toy_stories(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Story]:
+    """`count` stories, none of whose texts is in `exclude`."""
+    random, out = np.random.default_rng([seed, 2506]), []
+    while len(out) < count:
+        story = toy_story(random)
+        if story.text not in exclude:
+            out.append(story)
+    return out
+
+
+def toy_tokenizer() -> Tokenizer:
+    """Byte-level BPE with Qwen's splitting, trained on stories, thoughts and the prompt template."""
+    texts = [text for story in toy_stories(2000, seed=1) for text in (story.text, story.chain())]
+    texts += [TEMPLATES["toy"], "user\n", "assistant\n", "<think>\n", "</think>\n\n\\boxed{ A}", TOY_QUESTION] * 200
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=512, min_frequency=100, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    bpe.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in SYSTEM_TOKENS[:3]])
+    bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in SYSTEM_TOKENS[3:]])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+    return Tokenizer(files, {}, "toy")
+
+
+def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:
+    """What the toy's weak base model is pre-trained on, one run of token ids per story.
+
+    35 % documents. 35 % problems answered with a full, correct thought. 30 % next-token questions answered by a weak
+    annotator: 60 % bare guesses, 30 % thoughts that stop early, 10 % right.
+    """
+    random, runs, end = np.random.default_rng([seed, 3]), [], tokenizer.eos_ids
+    for story in stories:
+        kind, effort = random.random(2)
+        if kind < 0.35:
+            runs.append(tokenizer.encode(story.text) + end)
+            continue
+        steps = len(story.swaps)
+        if kind < 0.7:
+            prompt, space = tokenizer.chat(f"{story.problem}{TOY_QUESTION}"), ""
+        else:
+            context = tokenizer.encode(story.text[:-3])
+            prompt, space = tokenizer.chat(TEMPLATES["toy"], context), " "
+            if effort < 0.6:
+                steps = -1
+            elif effort < 0.9:
+                steps = int(random.integers(0, steps))
+        thought = story.chain(steps) + "\n" if steps >= 0 else ""
+        guess = story.ball[steps] if steps >= 0 else str(random.choice(list(story.cups)))
+        answer = f"\n\n\\boxed{{{space}{guess}}}"
+        runs.append(prompt + tokenizer.encode(thought) + [tokenizer.special["</think>"]] + tokenizer.encode(answer) + end)
+    return runs

@@ -1,0 +1,216 @@
+r"""Completion bytes in, reward out: the prefix-matching reward of "Reinforcement Pre-Training" (arXiv 2506.08007,
+section 3), the three alternatives of its appendix A, and an answer check for RL with verifiable rewards.
+
+Everything is bytes. A token may end inside a UTF-8 character, so characters know nothing of token boundaries, and
+decoding a token and encoding it again moves them. The boundaries here are sums of the lengths of the document's own
+tokens; only `answer_match`, which compares answers and not tokens, decodes. Left out: a length penalty, a score for
+format beside the reward, partial credit for a cut character. The paper's reward is 1 or 0.
+
+A new reward is one function over a group of completions, and one line in REWARDS:
+
+    def longer_is_better(responses, question, policy):
+        predictions = [extract_prediction(response) for response in responses]
+        return [prefix_match(p, question.truth) * len(p or b"") for p in predictions]
+    REWARDS["longer"] = longer_is_better
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Protocol
+
+END_OF_THINKING = b"</think>"
+MAX_ANSWER_BYTES = 10_000  # NFC takes quadratic time on hostile runs of combining marks; a longer answer is wrong
+MAX_NUMBER_CHARS = 200  # beyond this a number is compared as text, and no arithmetic is done on it
+
+Tokens = Callable[[bytes], list[bytes]]  # a tokenizer: bytes to the bytes of each token
+Probability = Callable[[bytes], float]  # P(token | context) under the language model, of a token's bytes
+_BRACES = re.compile(rb"\\boxed\{|[{}]")
+
+
+def extract_prediction(response: bytes) -> bytes | None:
+    r"""The bytes inside the last balanced `\boxed{...}` after the last `</think>` (section 3); None if there is none.
+
+    Last is the box that starts last among those whose brace closes: a later `\boxed{` left open does not hide an
+    earlier answer, and of two nested boxes the inner one counts. Every `{` and `}` byte counts, `\{` too. Nothing is
+    stripped: a leading space belongs to the token. The result may be b"", which no reward accepts. Linear time.
+    """
+    thought = response.rfind(END_OF_THINKING)
+    if thought < 0:
+        return None
+    start, end = -1, -1
+    open_braces: list[int] = []  # for each open brace where its box's inside starts, -1 if the brace is no box
+    for mark in _BRACES.finditer(response, thought + len(END_OF_THINKING)):
+        if mark[0] == b"}":
+            inside = open_braces.pop() if open_braces else -1
+            if inside > start:
+                start, end = inside, mark.start()
+        else:
+            open_braces.append(-1 if mark[0] == b"{" else mark.end())
+    return None if start < 0 else response[start:end]
+
+
+def prefix_match(prediction: bytes | None, truth: Sequence[bytes]) -> float:
+    """The prefix-matching reward (section 3): 1.0 iff prediction == text[:l] and l is in L_gt, where l is its length.
+
+    truth: the bytes of each token that follows in the document, text their concatenation, L_gt the cumulative sums of
+    their lengths. The prediction may span several tokens. None and b"" earn 0.0.
+    """
+    if not prediction:
+        return 0.0
+    boundary = 0
+    for token in truth:
+        if boundary == len(prediction):
+            break
+        if not prediction.startswith(token, boundary):
+            return 0.0
+        boundary += len(token)
+    return float(boundary == len(prediction))
+
+
+def reachable(truth: Sequence[bytes]) -> bool:
+    r"""True iff some prediction can earn the prefix-matching reward: some non-empty prefix of whole tokens comes back
+    unchanged from `\boxed{...}`.
+
+    A prefix that closes a brace it did not open, leaves one open, or itself holds `\boxed{` or `</think>` does not
+    come back. Positions whose truth is not reachable are excluded from training questions: every completion there
+    scores 0, whatever the policy knows. The paper does not say what it does with them.
+    """
+    prefix, depth = bytearray(), 0
+    for token in truth:
+        prefix += token
+        depth += token.count(b"{") - token.count(b"}")
+        if prefix and depth <= 0:
+            # The first boundary that closes all it opened decides: what breaks this prefix breaks each longer one.
+            return extract_prediction(END_OF_THINKING + b"\\boxed{" + prefix + b"}") == prefix
+    return False
+
+
+def first_token_match(prediction: bytes | None, truth: Sequence[bytes], tokens: Tokens) -> float:
+    """Scheme 1 of appendix A: 1.0 iff the prediction's first token is truth[0]; the rest is ignored.
+
+    The tokenizer sees the prediction alone: cut elsewhere than the document is cut, its first token is another one.
+    """
+    first = tokens(prediction)[:1] if prediction else []
+    return float(bool(first) and first == list(truth[:1]))
+
+
+def dense_reward(prediction: bytes | None, truth: Sequence[bytes], tokens: Tokens, probability: Probability) -> float:
+    """Scheme 2 of appendix A: 1.0 if the first token is right, else its probability; 0.0 for no prediction or b""."""
+    if first_token_match(prediction, truth, tokens):
+        return 1.0
+    first = tokens(prediction)[:1] if prediction else []
+    return float(probability(first[0])) if first else 0.0
+
+
+def conditional_dense_reward(
+    predictions: Sequence[bytes | None], truth: Sequence[bytes], tokens: Tokens, probability: Probability,
+    all_wrong: float = 0.0,
+) -> list[float]:
+    """Scheme 3 of appendix A, on a group: dense where at least one first token is right, else all_wrong for each."""
+    if not any(first_token_match(prediction, truth, tokens) for prediction in predictions):
+        return [all_wrong] * len(predictions)
+    return [dense_reward(prediction, truth, tokens, probability) for prediction in predictions]
+
+
+_UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"  # three digits of exponent: 1e999999999 is text
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?:\\frac\{{(?P<top>[-+]?{_UNSIGNED})\}}\{{(?P<bottom>[-+]?{_UNSIGNED})\}}"
+    rf"|(?P<number>{_UNSIGNED})(?:/(?P<divisor>[-+]?{_UNSIGNED}))?)(?P<percent>%?)"
+)
+# Not beside a bracket: (1,234) is a pair.
+_THOUSANDS = re.compile(r"(?<![0-9.,(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]}])")
+
+
+def _normalise(text: str) -> str:
+    """One spelling for what LaTeX spells in several ways. Letter case and units stay."""
+    text = unicodedata.normalize("NFC", text).replace("\u2212", "-").replace("{,}", ",").replace("\\%", "%")
+    text = re.sub(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[!,;:()\[\]]|\\?\$", "", text)
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}", text)
+    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    text = " ".join(text.replace("\\ ", " ").replace("~", " ").split()).rstrip(". ")
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)  # a space between digits stays: 1 1/2 is not 11/2
+
+
+def _value(text: str) -> Fraction | None:
+    """The exact value of a number, a simple fraction or a percentage; None if the text is not one."""
+    number = _NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER_CHARS else None
+    if number is None:
+        return None
+    bottom = Fraction(number["bottom"] or number["divisor"] or 1) * (100 if number["percent"] else 1)
+    if bottom == 0:
+        return None
+    return Fraction(number["top"] or number["number"]) / bottom * (-1 if number["sign"] == "-" else 1)
+
+
+def answer_match(prediction: bytes | None, answer: str) -> float:
+    r"""1.0 iff the prediction is the answer (RL with verifiable rewards, section 2): equal text after normalisation,
+    or equal value as exact fractions: 1/2, \frac{1}{2}, 0.5 and 50\% are one number. No algebra, no evaluation.
+
+    Of an answer with "####" (GSM8K's worked solutions) what follows the last one counts. Empty is never right, and
+    neither is a prediction that is not UTF-8 or is longer than MAX_ANSWER_BYTES.
+    """
+    if prediction is None or len(prediction) > MAX_ANSWER_BYTES:
+        return 0.0
+    try:
+        given = _normalise(prediction.decode())
+    except UnicodeDecodeError:
+        return 0.0
+    wanted = _normalise(answer.rsplit("####", 1)[-1])
+    value = _value(given)
+    return float(bool(given) and (given == wanted or (value is not None and value == _value(wanted))))
+
+
+class Question(Protocol):
+    truth: Sequence[bytes]  # the bytes of each token that follows the context
+    answer: str | None  # of a question-answer set, None elsewhere
+
+
+class Policy(Protocol):
+    def tokens(self, prediction: bytes) -> list[bytes]: ...
+    def probability(self, question: Question, token: bytes) -> float: ...
+
+
+# The rewards by name: what the trainer calls, once per group. responses are the bytes of the group's completions; one
+# that did not finish is passed as b"" and so earns 0: what the length limit cut short is no prediction.
+def prefix(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    return [prefix_match(extract_prediction(response), question.truth) for response in responses]
+
+
+def first_token(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    return [first_token_match(extract_prediction(r), question.truth, policy.tokens) for r in responses]
+
+
+def dense(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    probability = partial(policy.probability, question)
+    return [dense_reward(extract_prediction(r), question.truth, policy.tokens, probability) for r in responses]
+
+
+def conditional_dense(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    predictions = [extract_prediction(response) for response in responses]
+    return conditional_dense_reward(predictions, question.truth, policy.tokens, partial(policy.probability, question))
+
+
+def answer(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    if question.answer is None:
+        raise ValueError("reward 'answer': question.answer is None; give a corpus with answers or use reward 'prefix'")
+    return [answer_match(extract_prediction(response), question.answer) for response in responses]
+
+
+def format_only(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """A control: pays for any prediction that can be read, so what it raises is not prediction."""
+    return [float(bool(extract_prediction(response))) for response in responses]
+
+
+REWARDS: dict[str, Callable[[Sequence[bytes], Question, Policy], list[float]]] = {
+    "prefix": prefix,
+    "first-token": first_token,
+    "dense": dense,
+    "conditional-dense": conditional_dense,
+    "answer": answer,
+    "format": format_only,
+}

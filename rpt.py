@@ -1,0 +1,408 @@
+"""Reinforcement Pre-Training (arXiv 2506.08007): the method itself, without files or arguments.
+
+One step, sections 3.2 and 3.3 of the paper:
+
+    completions = generate(policy, prompts, samples=G, temperature=T)          rollout()
+    rewards     = reward(responses, question)                                  reward.py
+    advantages  = (R - mean R) / std R, within the group of one question       group_advantages()
+    loss        = - sum over tokens of min(r A, clip(r) A) / tokens            policy_loss()
+
+Exactly on-policy (one update per batch, the default) the ratio r is 1 and clipping never acts, so no second forward
+pass for old log-probabilities is made. Groups whose rewards are all equal have no gradient and are not computed.
+
+Everything is counted over all processes: questions are dealt to them by number, the loss is divided by the tokens
+of the whole step, and no process decides alone what the others have to wait for.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from data import Question, Tokenizer, prompt_ids
+from model import Segment, Transformer
+from reward import extract_prediction
+from sampler import Completion, generate, pad
+
+STD_EPSILON = 1e-6  # added to a group's standard deviation; groups without any are exactly zero before it matters
+LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
+HEAD_CHUNK = 2**24  # logits held at a time by token_logprobs: 64 MiB of float32
+
+
+def option(default, doc: str, **more):
+    """A dataclass field with a line of documentation, from which train.py makes a command-line option."""
+    return field(default=default, metadata={"help": doc, **more})
+
+
+@dataclass(frozen=True)
+class Method:
+    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B)."""
+
+    questions: int = option(256, "questions per step")
+    group_size: int = option(8, "responses per question, G")
+    temperature: float = option(0.8, "sampling temperature; the policy loss uses the same")
+    max_prompt: int = option(4096, "tokens of a prompt; a longer context loses its beginning")
+    max_response: int = option(8192, "tokens of a response")
+    template: str = option("v0", "prompt template: v0 to v6 (paper, appendix D), toy, plain")
+    scale_by_std: bool = option(True, "divide advantages by the group's standard deviation")
+    normalize: str = option("token", "the loss is a mean over tokens, over sequences, or over constant lengths",
+                            choices=("token", "sequence", "constant"))
+    updates: int = option(1, "optimizer steps on each batch; 1 is exactly on-policy")
+    clip_low: float = option(0.2, "ratios below 1 - this are clipped")
+    clip_high: float = option(0.2, "ratios above 1 + this are clipped")
+    dynamic_from: int = option(-1, "from this step on resample questions whose responses are all right or all wrong; "
+                                   "-1: never")
+    max_refills: int = option(4, "how often dynamic sampling draws again for one step")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    micro_tokens: int = option(16384, "tokens, padding included, of one forward and backward pass")
+    max_rows: int = option(256, "responses decoded at a time by one process")
+
+
+@dataclass
+class Group:
+    """The responses to one question and what they earned."""
+
+    number: tuple[int, int]  # (draw, index in the draw) within the step, the same whichever process holds it
+    question: Question
+    prompt: list[int]
+    completions: list[Completion]
+    responses: list[bytes]  # without the end token
+    rewards: list[float]
+    advantages: list[float]
+
+    @property
+    def informative(self) -> bool:
+        """Not all rewards are equal: the group has a gradient."""
+        return any(reward != self.rewards[0] for reward in self.rewards)
+
+
+class Policy:
+    """What a reward may ask of the model that is being trained (paper, appendix A)."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_context: int):
+        self.model, self.tokenizer, self.max_context = model, tokenizer, max_context
+        self.tokens = tokenizer.tokens
+        self._last: tuple[int, dict[bytes, float]] = (-1, {})
+
+    @torch.no_grad()
+    def probability(self, question: Question, token: bytes) -> float:
+        """P(token | context) of plain next-token prediction; 0 for bytes that are no single token."""
+        if self._last[0] != id(question):
+            ids = [*self.tokenizer.bos, *question.context[-self.max_context:]]
+            probabilities = self.model.logits(self.model(torch.tensor([ids], device=self.model.head.device))[:, -1]).softmax(-1)
+            self._last = (id(question), probabilities[0].tolist())
+        ids = self.tokenizer.ids_of_token(token)
+        return sum(self._last[1][i] for i in ids)
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+
+def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
+    """rewards [Q, G] -> advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), std unbiased, or A = R - mean.
+
+    A group of equal rewards is exactly zero, tested on the rewards: R - mean is not always 0 in floating point,
+    and dividing that noise by a standard deviation as small would make an advantage of order one of it.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"a group needs at least 2 responses to compare, rewards are {list(rewards.shape)}")
+    rewards = rewards.double()
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
+    return torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, advantages)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """Log-probability and entropy from hidden states, a chunk of tokens at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int):
+        logprobs, entropies = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logp = ((h @ weight.T).float() / temperature).log_softmax(-1)
+            logprobs.append(logp.gather(1, t[:, None])[:, 0])
+            entropies.append(-(logp.exp() * logp).sum(-1))
+        logprobs, entropies = torch.cat(logprobs), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, entropies)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
+        hidden, weight, targets, entropies = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for begin in range(0, len(hidden), ctx.chunk):
+            part = slice(begin, begin + ctx.chunk)
+            logp = ((hidden[part] @ weight.T).float() / ctx.temperature).log_softmax(-1)
+            p = logp.exp()  # d logp[t] / d logits = 1[t] - p,  d entropy / d logits = -p (logp + entropy)
+            grad = logp.add_(entropies[part, None]).mul_(-grad_entropies[part, None]).sub_(grad_logprobs[part, None]).mul_(p)
+            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
+            grad = (grad / ctx.temperature).to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """hidden [N, hidden_size], targets [N] -> log-probability of each target and entropy of its distribution.
+
+    Both float32 [N], in nats, at `temperature`, both differentiable. The [N, vocabulary] logits never exist: at most
+    HEAD_CHUNK of them do at a time, and the backward pass computes them again.
+    """
+    return _HeadLogprobs.apply(hidden, model.head, targets, temperature, max(1, HEAD_CHUNK // model.config.vocab_size))
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,
+                clip_high: float = 0.2) -> Tensor:
+    """GRPO's clipped surrogate, - sum_i w_i min(r_i A_i, clip(r_i, 1 - low, 1 + high) A_i), over tokens [N].
+
+    r = exp(logprobs - old_logprobs). weights say what the loss is a mean of, see `token_weights`.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
+
+
+def token_weights(length: int, normalize: str, tokens: int, sequences: int, max_response: int) -> float:
+    """The weight of each token of a response in a loss over `tokens` tokens of `sequences` responses in all.
+
+    "token": every token counts the same (DAPO). "sequence": every response does (GRPO as published). "constant":
+    tokens are divided by the length limit, whatever the response's length (Dr. GRPO).
+    """
+    if normalize == "token":
+        return 1 / max(tokens, 1)
+    return 1 / (max(sequences, 1) * (length if normalize == "sequence" else max_response))
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def all_sum(values: Sequence[float], device: torch.device, op: str = "SUM") -> list[float]:
+    """Element-wise sum (or MAX) over all processes, in float64."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+    return tensor.tolist()
+
+
+def all_gather(value: object) -> list:
+    """A small object of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def unsharded(model: Transformer) -> Iterator[None]:
+    """Holds the whole weights on every process, so that decoding needs no collective and may differ in length.
+
+    Without gradients: `no_grad`, because tensors of inference mode would poison the next training step.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)  # the head is used after the forward
+
+
+# ---------------------------------------------------------------------------------------------- rollout and update
+
+
+def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[tuple[int, int], Question]],
+            method: Method, reward: Callable, seed: int, step: int, timing: dict | None = None,
+            progress: bool = False) -> list[Group]:
+    """Samples and rewards G responses to each numbered question; no process waits for another here.
+
+    An unfinished response is given to the reward as b"": what was not said in time earns nothing.
+    """
+    prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in questions]
+    completions = generate(
+        model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
+        eos_ids=tokenizer.eos_ids, seed=seed, keys=[step << 40 | draw << 32 | n for (draw, n), _ in questions],
+        max_rows=method.max_rows, timing=timing, progress=progress)
+    policy, groups = Policy(model, tokenizer, method.max_prompt), []
+    for (number, question), prompt, group in zip(questions, prompts, completions):
+        responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
+        rewards = reward([r if c.finished else b"" for r, c in zip(responses, group)], question, policy)
+        advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64), method.scale_by_std)[0].tolist()
+        groups.append(Group(number, question, prompt, group, responses, rewards, advantages))
+    return groups
+
+
+def micro_batches(groups: Sequence[Group], budget: int) -> list[list[tuple[Group, list[int]]]]:
+    """Parts (group, its samples) such that prompts and padded responses of a batch stay within `budget` tokens.
+
+    Groups of similar length go together. A group that alone is too large is divided, a single response never.
+    """
+    batches: list[list[tuple[Group, list[int]]]] = [[]]
+    rows = prompt = response = 0
+
+    def length(group: Group) -> int:
+        return max(len(c.ids) for c in group.completions)
+
+    for group in sorted(groups, key=lambda g: (length(g), g.number)):
+        order = sorted(range(len(group.completions)), key=lambda s: -len(group.completions[s].ids))
+        limit = max(1, (budget - len(group.prompt)) // length(group))
+        for part in (order[i: i + limit] for i in range(0, len(order), limit)):
+            widest = max(prompt, len(group.prompt)), max(response, length(group))
+            if batches[-1] and (len(batches[-1]) + 1) * widest[0] + (rows + len(part)) * widest[1] > budget:
+                batches.append([])
+                rows, widest = 0, (len(group.prompt), length(group))
+            batches[-1].append((group, part))
+            rows, (prompt, response) = rows + len(part), widest
+    return [batch for batch in batches if batch]
+
+
+def completion_logprobs(model: Transformer, batch: Sequence[tuple[Group, list[int]]],
+                        temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every token of the batch's responses, one after the other, [N] each.
+
+    Each prompt is computed once; the responses of its group attend to its keys and values, and the gradient flows
+    back through them. The first token is predicted by the prompt's last hidden state.
+    """
+    device = model.head.device
+    prompts = [group.prompt for group, _ in batch]
+    rows = [row for row, (_, samples) in enumerate(batch) for _ in samples]
+    responses = [group.completions[s].ids for group, samples in batch for s in samples]
+    shared = Segment([len(p) for p in prompts], device)
+    last = model(pad(prompts, device), shared)[torch.arange(len(prompts), device=device), shared.lengths - 1]
+    ids = pad(responses, device)
+    own = Segment([len(r) for r in responses], device, shared, rows)
+    hidden = torch.cat((last[own.rows][:, None], model(ids, own)[:, :-1]), dim=1)  # [rows, T, hidden_size]
+    real = torch.arange(ids.shape[1], device=device) < own.lengths[:, None]
+    return token_logprobs(model, hidden[real], ids[real], temperature)
+
+
+def _backward(model: Transformer, batch: Sequence[tuple[Group, list[int]]], method: Method, tokens: int,
+              sequences: int) -> dict[str, float]:
+    """Adds one micro-batch's gradient; returns sums over its tokens."""
+    rows = [(group.completions[s], group.advantages[s]) for group, samples in batch for s in samples]
+    logprobs, entropy = completion_logprobs(model, batch, method.temperature)
+    per_token = [(old, advantage, token_weights(len(c.ids), method.normalize, tokens, sequences, method.max_response))
+                 for c, advantage in rows for old in c.logprobs]
+    sampled, advantages, weights = torch.tensor(per_token, device=logprobs.device, dtype=torch.float32).unbind(1)
+    old = sampled if method.updates > 1 else logprobs.detach()
+    loss = policy_loss(logprobs, old, advantages, weights, method.clip_low, method.clip_high)
+    loss.backward()
+    off = (logprobs.detach() - sampled).abs()
+    return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "off": off.sum().item(),
+            "off_max": off.max().item(), "trained": len(off)}
+
+
+IDLE = Group((-1, -1), Question((), (), -1, -1), [0, 0], [Completion([0], [0.0], False)], [b""], [0.0], [0.0])
+
+
+def update(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], groups: Sequence[Group],
+           method: Method) -> dict[str, float]:
+    """One optimizer step (or `method.updates`) on everyone's groups. Returns metrics, the same on every process.
+
+    Every process makes as many passes as the busiest one, with empty work where it has none. A step without any
+    informative group, or with a non-finite loss or gradient, leaves the weights as they are, on all processes.
+    """
+    device = model.head.device
+    mine = [group for group in groups if group.informative]
+    completions = [c for group in groups for c in group.completions]
+    bad = any(c.logprobs and not abs(sum(c.logprobs)) < float("inf") for c in completions)
+    tokens, sequences, informative, bad = all_sum(
+        [sum(len(c.ids) for c in completions), len(completions), len(mine), bad], device)
+    batches = micro_batches(mine, method.micro_tokens)
+    passes = int(all_sum([len(batches)], device, "MAX")[0])
+    batches += [[(IDLE, [0])]] * (passes - len(batches))
+    out = {"skipped": 0.0, "grad_norm": 0.0}
+    for _ in range(method.updates if informative and not bad else 0):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        parts = [_backward(model, batch, method, int(tokens), int(sequences)) for batch in batches]
+        parts = [part for part, batch in zip(parts, batches) if batch[0][0] is not IDLE]
+        sums = all_sum([sum(part[key] for part in parts) for key in ("loss", "entropy", "off", "trained")], device)
+        largest = all_sum([max((part["off_max"] for part in parts), default=0.0)], device, "MAX")[0]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), method.grad_clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        bad = bad or not abs(sums[0] + norm) < float("inf")
+        if bad:
+            break
+        for optimizer in optimizers:
+            optimizer.step()
+        trained = max(sums[3], 1)
+        out |= {"loss": sums[0], "grad_norm": norm, "entropy": sums[1] / trained, "logprob_diff": sums[2] / trained,
+                "logprob_diff_max": largest, "trained_tokens": sums[3]}
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return out | {"skipped": 1.0 if bad else 0.0, "informative": informative}
+
+
+def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torch.optim.Optimizer],
+             draw: Callable[[int, int], Sequence[Question]], step: int, method: Method, reward: Callable, seed: int,
+             progress: bool = False) -> tuple[list[Group], dict]:
+    """One step of RPT. draw(step, retry) gives the same questions on every process.
+
+    Returns this process's groups and the metrics of all. Dynamic sampling (DAPO; the paper from step 500) keeps only
+    informative groups and draws again until the batch is full or `max_refills` is reached.
+    """
+    (rank, world), device, begin = rank_and_world(), model.head.device, time.perf_counter()
+    dynamic = 0 <= method.dynamic_from <= step
+    groups, timing, drawn = [], {}, 0
+    with unsharded(model):
+        for retry in range(1 + dynamic * method.max_refills):
+            questions = draw(step, retry)
+            drawn += len(questions)
+            mine = [((retry, n), question) for n, question in enumerate(questions) if n % world == rank]
+            spent: dict[str, float] = {}
+            fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, progress and rank == 0)
+            timing = {key: timing.get(key, 0) + value for key, value in spent.items()}
+            groups += [group for group in fresh if group.informative or not dynamic]
+            numbers = sorted(n for part in all_gather([group.number for group in groups]) for n in part)
+            if len(numbers) >= method.questions or not dynamic:
+                break
+    kept = set(numbers[: method.questions])
+    groups = [group for group in groups if group.number in kept]
+    sampled = time.perf_counter()
+    trained = update(model, optimizers, groups, method)
+    metrics = rollout_metrics(groups, device) | trained | {"drawn": drawn}
+    totals = all_sum([timing[k] for k in ("prefill_tokens", "decode_tokens")], device)
+    times = all_sum([timing["prefill_seconds"], timing["decode_seconds"], sampled - begin,
+                     time.perf_counter() - sampled], device, "MAX")
+    metrics |= {"prefill_tokens": totals[0], "decode_tokens": totals[1]}
+    metrics["time"] = {
+        "seconds": times[2] + times[3], "rollout": times[2], "prefill": times[0], "decode": times[1], "train": times[3],
+        "prefill_tokens_per_s": totals[0] / max(times[0], 1e-9), "decode_tokens_per_s": totals[1] / max(times[1], 1e-9),
+        "train_tokens_per_s": trained.get("trained_tokens", 0) / max(times[3], 1e-9)}
+    return groups, metrics
+
+
+def rollout_metrics(groups: Sequence[Group], device: torch.device) -> dict[str, float]:
+    """Means over all processes' groups: what the policy said and earned."""
+    lengths = [len(c.ids) for group in groups for c in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards]
+    sums = all_sum([
+        len(groups), len(rewards), sum(rewards), sum(lengths), sum(reward >= 1 for reward in rewards),
+        sum(extract_prediction(r) is not None for group in groups for r in group.responses),
+        sum(not c.finished for group in groups for c in group.completions),
+        sum(max(group.rewards) >= 1 for group in groups), sum(min(group.rewards) >= 1 for group in groups)], device)
+    longest = all_sum([max(lengths, default=0)], device, "MAX")[0]
+    n_groups, n = max(sums[0], 1), max(sums[1], 1)
+    return {"reward": sums[2] / n, "accuracy": sums[4] / n, "parsed": sums[5] / n, "truncated": sums[6] / n,
+            "length": sums[3] / n, "length_max": longest, "solved": sums[7] / n_groups,
+            "all_right": sums[8] / n_groups, "all_wrong": 1 - sums[7] / n_groups, "groups": sums[0], "responses": sums[1]}

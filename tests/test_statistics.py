@@ -1,0 +1,209 @@
+"""Laws of the statistics in eval.py, each against an oracle that shares no code with it."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eval import (PATTERNS, bootstrap_interval, fit_power_law, majority_vote, pass_at_k, paired_difference,
+                  power_law_intervals, reasoning_patterns)
+
+
+def documents(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right/wrong values and document labels; a document's own accuracy is uniform in [0, 1], so the mean is 0.5."""
+    labels = np.repeat(np.arange(number), rng.integers(5, 31, size=number))
+    return (rng.random(len(labels)) < rng.random(number)[labels]).astype(float), labels
+
+
+def test_bootstrap_interval_is_that_of_all_draws_of_clusters():
+    groups = [[1, 0, 1, 1.5], [0, 0.25], [1, 1, 0.7], [0.1, 0, 0, 0, 0.35], [0.6], [0.9, 0.2, 0.85]]
+    values = list(itertools.chain(*groups))
+    labels = [7 * index - 3 for index, group in enumerate(groups) for _ in group]
+    means = []
+    for draw in itertools.product(groups, repeat=len(groups)):  # 6^6 equally likely draws
+        pool = [value for group in draw for value in group]
+        means.append(sum(pool) / len(pool))
+    mean, low, high = bootstrap_interval(values, labels, level=0.8, resamples=40_000)
+    assert mean == pytest.approx(sum(values) / len(values))
+    assert (low, high) == pytest.approx(np.quantile(means, [0.1, 0.9]), abs=0.01)
+
+
+def test_bootstrap_interval_covers_the_true_mean_at_the_stated_rate_only_with_clusters():
+    rng = np.random.default_rng(1)
+    by_documents, by_positions = [], []
+    for seed in range(300):
+        values, labels = documents(rng, 60)
+        _, low, high = bootstrap_interval(values, labels, resamples=400, seed=seed)
+        by_documents.append(low <= 0.5 <= high)
+        if seed < 100:  # slower, and far enough off to show in fewer
+            _, low, high = bootstrap_interval(values, np.arange(len(values)), resamples=400, seed=seed)
+            by_positions.append(low <= 0.5 <= high)
+    assert 0.90 <= np.mean(by_documents) <= 0.985
+    assert np.mean(by_positions) < 0.75
+
+
+def test_bootstrap_interval_does_not_depend_on_the_order_of_values():
+    rng = np.random.default_rng(2)
+    values, labels = documents(rng, 20)
+    order = rng.permutation(len(values))
+    expected = bootstrap_interval(values, labels)
+    assert bootstrap_interval(values[order], labels[order]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_interval_without_spread_between_clusters_to_see_is_nan():
+    assert np.isnan(bootstrap_interval([], [])).all()
+    mean, low, high = bootstrap_interval([1, 0, 0, 1], [5, 5, 5, 5])
+    assert mean == 0.5 and math.isnan(low) and math.isnan(high)
+    with pytest.raises(ValueError, match="2 values but 3"):
+        bootstrap_interval([1, 0], [0, 1, 2])
+
+
+def test_paired_difference_covers_the_true_gain_and_sees_it_where_separate_intervals_overlap():
+    rng = np.random.default_rng(3)
+    covered, seen, separate = 0, 0, 0
+    for seed in range(200):
+        b, labels = documents(rng, 60)
+        a = np.where(rng.random(len(b)) < 0.1, 1.0, b)  # a tenth is put right: a gain of 0.1 * 0.5
+        mean, low, high = paired_difference(a, b, labels, resamples=400, seed=seed)
+        assert mean == pytest.approx(a.mean() - b.mean())
+        covered += low <= 0.05 <= high
+        seen += low > 0
+        separate += bootstrap_interval(a, labels, resamples=400)[1] > bootstrap_interval(b, labels, resamples=400)[2]
+    assert 0.90 <= covered / 200 <= 0.985
+    assert seen == 200 and separate < 20
+    with pytest.raises(ValueError, match="same positions"):
+        paired_difference([1, 0], [1], [0, 1])
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample():
+    for samples in range(1, 8):
+        for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+            subsets = list(itertools.combinations([True] * correct + [False] * (samples - correct), k))
+            assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-14)
+
+
+@pytest.mark.parametrize("correct, samples, k", [(1, 4, 5), (1, 4, 0), (5, 4, 2), (-1, 4, 2)])
+def test_pass_at_k_rejects_impossible_counts(correct, samples, k):
+    with pytest.raises(ValueError, match=f"k={k}, correct={correct}, samples={samples}"):
+        pass_at_k(correct, samples, k)
+
+
+def test_majority_vote_is_the_first_seen_of_the_most_frequent_answers():
+    for predictions in itertools.product([b" 4", b"4", b"", None], repeat=5):
+        votes = Counter(p for p in predictions if p is not None)
+        winners = [p for p in predictions if p is not None and votes[p] == max(votes.values())]
+        assert majority_vote(predictions) == (winners[0] if winners else None)
+    assert majority_vote([]) is None
+
+
+@pytest.mark.parametrize("alpha", [0.03, 0.2, 0.5, 1.3])
+@pytest.mark.parametrize("first, last", [(1e9, 1e12), (1e18, 1e24), (1e9, 1e24), (100, 1200)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_power_law_is_recovered_from_noiseless_points(alpha, first, last, sign):
+    compute = np.geomspace(first, last, 7)
+    A, P_star = sign * 20 * first**alpha, 45.0  # the curve starts 20 points off its limit
+    fit = fit_power_law(compute, A / compute**alpha + P_star)
+    assert fit == pytest.approx((A, alpha, P_star, 1), rel=1e-6)
+
+
+def test_power_law_is_the_least_squares_fit():
+    rng = np.random.default_rng(4)
+    compute = np.array([100, 200, 400, 800, 1000, 1200]) * 1e17
+    accuracy = 45 - 9 * (compute / 1e19) ** -0.6 + rng.normal(0, 0.2, 6)
+    A, alpha, P_star, r2 = fit_power_law(compute, accuracy)
+
+    def squares(alpha: float) -> float:
+        design = np.stack([(compute / 1e19) ** -alpha, np.ones(6)], axis=1)
+        return ((accuracy - design @ np.linalg.lstsq(design, accuracy, rcond=None)[0]) ** 2).sum()
+
+    best = min(squares(candidate) for candidate in np.geomspace(0.05, 5, 5000))
+    mine = ((accuracy - A / compute**alpha - P_star) ** 2).sum()
+    assert mine == pytest.approx(best, rel=1e-5)
+    assert r2 == pytest.approx(1 - mine / (6 * accuracy.var()), abs=1e-9)
+
+
+def test_power_law_does_not_depend_on_the_unit_of_compute():
+    compute, accuracy = np.geomspace(1e19, 1e21, 6), [30.1, 31.9, 33.2, 33.6, 34.3, 34.4]
+    A, alpha, P_star, r2 = fit_power_law(compute, accuracy)
+    expected = (A / 1e18**alpha, alpha, P_star, r2)
+    assert fit_power_law(compute / 1e18, accuracy) == pytest.approx(expected, rel=1e-5)
+
+
+def test_power_law_intervals_cover_the_true_parameters_at_about_the_stated_rate():
+    rng = np.random.default_rng(5)
+    compute = np.geomspace(1e18, 1e22, 16)
+    truth = {"A": -12 * 1e18**0.4, "alpha": 0.4, "P_star": 45.0}
+    covered = Counter()
+    for seed in range(150):
+        accuracy = truth["A"] / compute ** truth["alpha"] + truth["P_star"] + rng.normal(0, 0.3, len(compute))
+        for name, (low, high) in power_law_intervals(compute, accuracy, resamples=200, seed=seed).items():
+            covered[name] += low <= truth[name] <= high
+    for name in truth:
+        assert 0.87 <= covered[name] / 150 <= 0.99, (name, covered)
+
+
+def test_power_law_intervals_shrink_to_the_parameters_without_noise():
+    compute = np.geomspace(1e18, 1e22, 8)
+    intervals = power_law_intervals(compute, 45 - 3e7 / compute**0.4)
+    for name, truth in (("A", -3e7), ("alpha", 0.4), ("P_star", 45)):
+        assert intervals[name] == pytest.approx((truth, truth), rel=1e-6)
+
+
+@pytest.mark.parametrize("compute, accuracy, message", [
+    ([1, 2, 3], [1, 2, 3], "4 or more points"),
+    ([1, 2, 3, 4], [1, 2, 3], "4 or more points"),
+    (5, 5, "4 or more points"),
+    ([1, 1, 2, 2], [1, 2, 3, 4], "3 or more values of compute"),
+    ([0, 1, 2, 3], [1, 2, 3, 4], "positive compute"),
+    ([1, 2, 3, -4], [1, 2, 3, 4], "positive compute"),
+    ([1, 2, 3, math.inf], [1, 2, 3, 4], "finite"),
+    ([1, 2, 3, 4], [1, 2, 3, math.nan], "finite"),
+    ([1, 2, 3, 4], [5, 5, 5, 5], "2 or more of accuracy"),
+])
+def test_power_law_rejects_points_that_determine_none(compute, accuracy, message):
+    for function in (fit_power_law, power_law_intervals):
+        with pytest.raises(ValueError, match=message):
+            function(compute, accuracy)
+
+
+@pytest.mark.parametrize("response, groups", [
+    ("Wait, that is off. WAIT.", {"reflection"}),
+    ("waiting rooms await the waiters", set()),
+    ("Alternatively, think differently.", {"transition"}),
+    ("commas, dots, etc.", {"divergent thinking"}),
+    ("(commas, etc.) follow", {"divergent thinking"}),
+    ("etcetera, or etc, without its dot", set()),
+    ("Neither is an adoption.", set()),
+    ("either way", {"divergent thinking"}),
+    ("or someone, for something", set()),
+    ("It is probably 4, or\n something like it.", {"hypothesis", "divergent thinking"}),
+    ("Let me break this down. Finally, we conclude.", {"breakdown", "deduction"}),
+    ("We break it down; he concludes.", set()),
+    ("My *initial answer*: 4", {"reflection"}),
+    ("", set()),
+])
+def test_a_response_shows_the_groups_of_the_whole_words_it_holds(response, groups):
+    assert reasoning_patterns([response]) == {group: float(group in groups) for group in PATTERNS}
+
+
+def test_reasoning_patterns_are_shares_of_responses():
+    responses = ["wait, wait, finally", "wait", "conclusion", "the next token"]
+    assert reasoning_patterns(responses) == {"transition": 0, "reflection": 0.5, "breakdown": 0, "hypothesis": 0,
+                                             "divergent thinking": 0, "deduction": 0.5}
+    assert set(PATTERNS) == set(reasoning_patterns([])) and all(map(math.isnan, reasoning_patterns([]).values()))
+
+
+@pytest.mark.parametrize("group, keywords", [
+    ("transition", "alternatively, think differently"),
+    ("reflection", "wait, initial answer, original answer, looking back, thought process"),
+    ("breakdown", "break down, break this down"),
+    ("hypothesis", "probably, something like"),
+    ("divergent thinking", "etc., or something, either, sometimes it refers, otherwise, exploring, options"),
+    ("deduction", "summarize, conclusion, conclude, finally, logically, consequently"),
+])
+def test_the_keywords_are_those_the_paper_prints_and_each_is_found_in_its_group_only(group, keywords):
+    assert ", ".join(PATTERNS[group]) == keywords
+    for keyword in keywords.split(", "):
+        assert {name for name, share in reasoning_patterns([f"So {keyword.upper()}"]).items() if share} == {group}
