@@ -8,7 +8,6 @@
 Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact token boundaries.
 """
 
-import base64
 import hashlib
 import json
 import re
@@ -16,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import tokenizers
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Segment, Transformer, read_json
-from reward import reachable
+from model import Transformer, load_pretrained, read_json, resolve
+from reward import extract_prediction, reachable
 from sampler import pad
 
 MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one is a mistake or should be split
@@ -95,6 +95,8 @@ class Tokenizer:
         system = re.search(r"<\|im_start\|>system(?:\n|\\n)[^'\"{<]+<\|im_end\|>(?:\n|\\n)", str(settings.get("chat_template")))
         self._chat = CHATS[family] if family else "\0\n<think>\n"
         self._chat = self._chat.replace("{system}", system[0].replace("\\n", "\n") if system else "")
+        pattern = "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")"
+        self._chat = [piece for piece in re.split(pattern, self._chat) if piece]
         self._chat_bos = self.bos if family is None else []  # elsewhere the format itself has it
 
     def _end_tokens(self, settings: dict, generation: dict, config: dict, where: str) -> list[int]:
@@ -163,8 +165,7 @@ class Tokenizer:
         off within a character.
         """
         ids = list(self._chat_bos)
-        pattern = "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")"
-        for piece in re.split(pattern, self._chat) if self.special else [self._chat]:
+        for piece in self._chat:
             if piece in self.special:
                 ids.append(self.special[piece])
                 continue
@@ -295,13 +296,13 @@ def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tens
     return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
 
 
-def entropy_pass(model: Transformer, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path, window: int = 4096,
+def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path, window: int = 4096,
                  batch_tokens: int = 16384, rank: int = 0, gather: Callable = lambda part: [part]) -> list[np.ndarray]:
     """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
 
     Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
     `fingerprint` so that a changed input never meets it. Runs longer than `window` are read in windows that
-    overlap by half. With several processes each computes its share and `gather` returns everyone's.
+    overlap by half. A finished file needs no model. With several processes each computes its share and `gather` returns everyone's.
     """
     pieces = []  # (run, first id read, first position wanted, end)
     for run, ids in enumerate(runs):
@@ -318,7 +319,7 @@ def entropy_pass(model: Transformer, tokenizer: Tokenizer, runs: Sequence[Sequen
     sizes = [sum(end - want for _, _, want, end in batch) for batch in batches]
     done = np.fromfile(file, dtype=np.float32) if file.exists() else np.zeros(0, np.float32)
     first = int(np.searchsorted(np.cumsum(sizes), len(done), side="right"))
-    values, device, world = [done[: sum(sizes[:first])]], model.head.device, len(gather(None))
+    values, world = [done[: sum(sizes[:first])]], len(gather(None))
     bos, bar = tokenizer.bos, tqdm(total=sum(sizes), initial=sum(sizes[:first]), unit="tok", desc="entropy", disable=rank > 0)
     if rank == 0:
         values[0].tofile(file)
@@ -326,7 +327,7 @@ def entropy_pass(model: Transformer, tokenizer: Tokenizer, runs: Sequence[Sequen
         mine = batches[step + rank] if step + rank < len(batches) else []
         parts = []
         if mine:
-            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in mine], device)
+            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in mine], model.head.device)
             entropy = next_token_entropy(model, ids).float().cpu().numpy()
             entropy = np.pad(entropy, ((0, 0), (1 - len(bos), 0)), constant_values=np.nan)
             parts = [entropy[i, want - begin: end - begin] for i, (_, begin, want, end) in enumerate(mine)]
@@ -389,10 +390,22 @@ class QuestionSet:
         truth = tuple(self.tokenizer.token_bytes(i) for i in ids[position: position + TRUTH_TOKENS])
         return Question(tuple(ids[:position]), truth, self.documents[document].id, position, float(self.entropy[n]))
 
-    def draw(self, seed: int, step: int, retry: int, count: int) -> list[Question]:
-        """`count` different positions (repeated only if there are fewer), a function of (seed, step, retry) alone."""
-        random = np.random.Generator(np.random.Philox(key=[seed % 2**64, 1], counter=[0, step, retry, 0]))
-        return [self[n] for n in random.choice(len(self), count, replace=count > len(self))]
+
+def draw(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
+    """`count` different numbers below `total` (repeated only if there are fewer), by (seed, step, retry) alone."""
+    random = np.random.Generator(np.random.Philox(key=[seed % 2**64, 1], counter=[0, step, retry, 0]))
+    return random.choice(total, count, replace=count > total).tolist()
+
+
+def answer_sets(tokenizer: Tokenizer, documents: Sequence[Document], holdout: int,
+                seed: int) -> tuple[list[Question], list[Question], str]:
+    """Questions with verifiable answers, to train on and held out, and a line about them."""
+    if missing := next((d for d in documents if d.answer is None), None):
+        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; stage rlvr needs one for every problem")
+    train, held, dropped = split_holdout(documents, holdout, seed)
+    sets = [[Question(tuple(tokenizer.encode(d.problem or d.text)), (), d.id, 0, answer=d.answer) for d in part]
+            for part in (train, held)]
+    return *sets, f"questions with answers: {len(train):,}, held out {len(held):,}, {dropped:,} near-duplicates dropped"
 
 
 def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: Sequence[Sequence[int]],
@@ -436,6 +449,49 @@ def _tokens_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int
     return int(np.searchsorted(ends, size, side="left")) + 1
 
 
+def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: str | Path, cache: Path, *, holdout: int,
+                  selector: str, value: float, min_context: int, part: str, seed: int, window: int,
+                  device: torch.device, dtype: torch.dtype, rank: int = 0,
+                  gather: Callable = lambda part: [part]) -> tuple[QuestionSet, QuestionSet, str]:
+    """The questions to train on, those of held-out documents (entropy above 0.5), and a table of what was kept.
+
+    The entropies under the proxy, a model directory or hub id, are kept in `cache`, in a file named by the content
+    of the proxy, of the tokenizer and of the texts. ValueError if nothing is left to ask.
+    """
+    train, held, dropped = split_holdout(documents, holdout, seed)
+    proxy, texts = resolve(proxy), [document.text for document in (*train, *held)]
+    ids = tokenizer.encode_batch(texts)
+    if max(map(len, ids)) <= min_context:
+        raise ValueError(f"no document is longer than --min-context {min_context} tokens")
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"entropy-{fingerprint(proxy, tokenizer.files['tokenizer.json'], window, *texts)}.f32"
+    if not file.exists() or file.stat().st_size < 4 * sum(map(len, ids)):
+        model = load_pretrained(proxy, device, dtype)
+        check_vocabulary(tokenizer, model.config.vocab_size, proxy)
+    else:
+        model = None
+    entropies = entropy_pass(model, tokenizer, ids, file, window, rank=rank, gather=gather)
+    split, sets = len(train), []
+    for part_of, how in ((slice(split), (selector, value)), (slice(split, None), ("threshold", 0.5))):
+        sets.append(select_positions(tokenizer, (*train, *held)[part_of], ids[part_of], entropies[part_of], *how,
+                                     min_context=min_context, part=part, seed=seed))
+    counts = [sum(int((e > t).sum()) for e in entropies[:split]) for t in (0.5, 1.0, 1.5)]
+    total = sum(len(run) for run in ids[:split])
+    table = (f"documents: {len(train):,} to train on, {len(held):,} held out, {dropped:,} near-duplicates dropped\n"
+             f"positions: {total:,}; entropy above 0.5: {counts[0]:,}, 1.0: {counts[1]:,}, 1.5: {counts[2]:,} nats\n"
+             f"questions: {len(sets[0]):,} by {selector} {value:g} in {part}; held out {len(sets[1]):,}")
+    if not len(sets[0]):
+        raise ValueError(f"no position is left to ask about: selector {selector} {value:g}, {part} of "
+                         f"{len(train)} documents, --min-context {min_context}\n{table}")
+    return sets[0], sets[1], table
+
+
+def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
+    """ValueError if the tokenizer has ids that the model has no row for."""
+    if len(tokenizer) > size or max(tokenizer.eos_ids) >= size:
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} ids, the model's vocabulary only {size}")
+
+
 # ---------------------------------------------------------------------------------------------- templates
 
 _NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
@@ -477,8 +533,7 @@ def prompt_ids(tokenizer: Tokenizer, question: Question, template: str, max_prom
 # ---------------------------------------------------------------------------------------------- the toy world
 
 CUPS = "ABCDEFGH"
-SWAPS = (1, 6)  # of a story
-TOUCH = 0.5  # of the swaps move the ball
+TOUCH = 0.6  # of the swaps move the ball
 TOY_QUESTION = "\nWhere is the ball?"
 SYSTEM_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -508,25 +563,20 @@ class Story:
         return self.ball[0] + "".join(lines[:steps])
 
 
-def toy_story(random: np.random.Generator) -> Story:
-    """Draws a story: 5 to 8 cups, 1 to 6 swaps, half of which touch the ball."""
-    cups = CUPS[: random.integers(5, 9)]
-    ball, swaps = [str(random.choice(list(cups)))], []
-    for _ in range(random.integers(SWAPS[0], SWAPS[1] + 1)):
-        others = [c for c in cups if c != ball[-1]]
-        pair = [ball[-1], random.choice(others)] if random.random() < TOUCH else random.choice(others, 2, replace=False)
-        random.shuffle(pair)
-        a, b = map(str, pair)
-        swaps.append(a + b)
-        ball.append({a: b, b: a}.get(ball[-1], ball[-1]))
-    return Story(cups, tuple(swaps), "".join(ball))
-
-
 def toy_stories(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Story]:
-    """`count` stories, none of whose texts is in `exclude`."""
-    random, out = np.random.default_rng([seed, 2506]), []
+    """`count` stories of 3 to 8 cups and 1 to 6 swaps, most of which touch the ball; no text is in `exclude`."""
+    random, out = Random(f"stories {seed}"), []
     while len(out) < count:
-        story = toy_story(random)
+        cups = CUPS[: random.randint(3, 8)]
+        ball, swaps = random.choice(cups), []
+        for _ in range(random.randint(1, 6)):
+            now = ball[-1]
+            pair = random.sample(cups.replace(now, ""), 2)
+            if random.random() < TOUCH:
+                pair[random.randrange(2)] = now
+            swaps.append("".join(pair))
+            ball += pair[pair[0] == now] if now in pair else now
+        story = Story(cups, tuple(swaps), ball)
         if story.text not in exclude:
             out.append(story)
     return out
@@ -556,11 +606,11 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
     35 % documents. 35 % problems answered with a full, correct thought. 30 % next-token questions answered by a weak
-    annotator: 60 % bare guesses, 30 % thoughts that stop early, 10 % right.
+    annotator: 70 % bare guesses, 25 % thoughts that stop early, 5 % right.
     """
-    random, runs, end = np.random.default_rng([seed, 3]), [], tokenizer.eos_ids
+    random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
     for story in stories:
-        kind, effort = random.random(2)
+        kind, effort = random.random(), random.random()
         if kind < 0.35:
             runs.append(tokenizer.encode(story.text) + end)
             continue
@@ -570,12 +620,24 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
         else:
             context = tokenizer.encode(story.text[:-3])
             prompt, space = tokenizer.chat(TEMPLATES["toy"], context), " "
-            if effort < 0.6:
+            if effort < 0.7:
                 steps = -1
-            elif effort < 0.9:
-                steps = int(random.integers(0, steps))
+            elif effort < 0.95:
+                steps = random.randrange(steps)
         thought = story.chain(steps) + "\n" if steps >= 0 else ""
-        guess = story.ball[steps] if steps >= 0 else str(random.choice(list(story.cups)))
+        guess = story.ball[steps] if steps >= 0 else random.choice(story.cups)
         answer = f"\n\n\\boxed{{{space}{guess}}}"
         runs.append(prompt + tokenizer.encode(thought) + [tokenizer.special["</think>"]] + tokenizer.encode(answer) + end)
     return runs
+
+
+def write_toy(folder: Path, seed: int, count: int = 4500) -> None:
+    """corpus.jsonl (problem, solution) and answers.jsonl (problem, answer) of the toy world."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stories = toy_stories(count, 1000 + seed)
+    rows = {"answers": [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories],
+            "corpus": [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]}
+    for name, lines in rows.items():
+        aside = folder / f"{name}.new"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        aside.rename(folder / f"{name}.jsonl")

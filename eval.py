@@ -1,15 +1,175 @@
-"""Evaluation of Reinforcement Pre-Training (arXiv 2506.08007).
+"""Evaluation: the measurements of the paper's tables and figures, each with an interval.
 
-Statistics: what turns lists of right and wrong predictions into the numbers of the paper's tables and figures, each
-with an interval. Numpy only; no model is needed.
+    python eval.py runs/toy                                     the accuracies of a run, on its held-out documents
+    python eval.py MODEL_DIR --corpus FILE                      those of any model, on any corpus
+
+First the measurements on a model, then the statistics, which need numpy alone.
 """
 
+import argparse
+import json
 import math
 import re
+import sys
 from collections import Counter
-from typing import Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
+
+from data import Question, QuestionSet, Tokenizer, prompt_ids, question_sets, read_corpus
+from model import DTYPES, Transformer, load_pretrained, resolve
+from reward import extract_prediction, prefix_match
+from rpt import Method, all_gather, rank_and_world, unsharded
+from sampler import generate, pad
+
+SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
+
+# ---- measurements
+
+
+def subset(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """`count` of the questions, the same for every model, in their order."""
+    chosen = np.random.default_rng([seed, 11]).permutation(len(questions))[:count]
+    return [questions[int(n)] for n in sorted(chosen)]
+
+
+@torch.no_grad()
+def standard_predictions(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], window: int,
+                         batch_tokens: int = 16384) -> list[bytes]:
+    """Plain next-token prediction (argmax) at each question's position: the bytes of the predicted token.
+
+    A context beyond `window` tokens loses its beginning, as a prompt's does.
+    """
+    runs = [[*tokenizer.bos, *question.context[-window:]] for question in questions]
+    out: list[bytes] = [b""] * len(runs)
+    order, device = sorted(range(len(runs)), key=lambda i: len(runs[i])), model.head.device
+    while order:
+        size = max(1, batch_tokens // len(runs[order[-1]]))
+        batch, order = order[-size:], order[:-size]
+        lengths = torch.tensor([len(runs[i]) for i in batch], device=device)
+        hidden = model(pad([runs[i] for i in batch], device))[torch.arange(len(batch), device=device), lengths - 1]
+        for i, token in zip(batch, model.logits(hidden).argmax(-1).tolist()):
+            out[i] = tokenizer.token_bytes(token)
+    return out
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], method: Method, samples: int = 1,
+             seed: int = 0, progress: bool = False) -> list[dict]:
+    """One record a question: whether standard prediction is right, and what `samples` reasoned responses predict.
+
+    Every process calls it and gets all records. Responses are sampled at the method's temperature.
+    """
+    (rank, world), records = rank_and_world(), []
+    mine = range(rank, len(questions), world)
+    with unsharded(model):
+        standard = standard_predictions(model, tokenizer, [questions[n] for n in mine], method.max_prompt)
+        groups = generate(model, [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine],
+                          samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
+                          eos_ids=tokenizer.eos_ids, seed=seed, keys=[1 << 60 | n for n in mine], max_rows=method.max_rows,
+                          progress=progress and rank == 0)
+    for n, token, group in zip(mine, standard, groups):
+        question = questions[n]
+        said = [extract_prediction(tokenizer.bytes_of(c.ids[:-1])) if c.finished else None for c in group]
+        records.append({
+            "question": n, "document": question.document, "entropy": question.entropy,
+            "standard": float(token == question.truth[0]), "reasoning": [prefix_match(p, question.truth) for p in said],
+            "vote": prefix_match(majority_vote(said), question.truth), "parsed": [float(p is not None) for p in said],
+            "length": [len(c.ids) for c in group]})
+    return sorted((record for part in all_gather(records) for record in part), key=lambda record: record["question"])
+
+
+def summary(records: Sequence[dict]) -> dict:
+    """Per split: [mean, low, high] of each measure over the split's questions, intervals over documents."""
+    out = {}
+    for split, threshold in SPLITS.items():
+        chosen = [record for record in records if record["entropy"] > threshold]
+        samples = len(chosen[0]["reasoning"]) if chosen else 1
+        measures = {"standard": [r["standard"] for r in chosen], "reasoning": [np.mean(r["reasoning"]) for r in chosen],
+                    "parsed": [np.mean(r["parsed"]) for r in chosen], "length": [np.mean(r["length"]) for r in chosen]}
+        if samples > 1:
+            measures["majority vote"] = [r["vote"] for r in chosen]
+            measures[f"pass@{samples}"] = [pass_at_k(int(sum(r["reasoning"])), samples, samples) for r in chosen]
+        documents = [record["document"] for record in chosen]
+        out[split] = {"questions": len(chosen)} | {k: bootstrap_interval(v, documents) for k, v in measures.items()}
+    return out
+
+
+def table(models: dict[str, Sequence[dict]]) -> str:
+    """The form of the paper's table 1 for records by model name."""
+    shown = {name: summary(records) for name, records in models.items()}
+    counts = next(iter(shown.values()))
+    lines = ["next-token accuracy in %, with 95 % intervals over documents",
+             " " * 26 + "".join(f"{split + ' (' + str(counts[split]['questions']) + ')':>22}" for split in SPLITS)]
+    measures = [m for m in counts["easy"] if m not in ("questions", "parsed", "length")]
+    for measure in measures:
+        for name, splits in shown.items():
+            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in splits[split][measure])) for split in SPLITS]
+            lines.append(f"{name + ', ' + measure:26}" + "".join(f"{cell:>22}" for cell in cells))
+    for name, splits in shown.items():
+        parsed, length = splits["easy"]["parsed"][0], splits["easy"]["length"][0]
+        lines.append(f"{name}: {100 * parsed:.1f} % of responses hold a prediction; mean length {length:.1f} tokens")
+    return "\n".join(lines)
+
+
+def growth(metrics: Path) -> str:
+    """How reward and response length went in a run, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
+    return "\n".join(f"{name:>16}" + "".join(f"{row[key]:8.{digits}f}" for row in rows)
+                     for name, key, digits in (("step", "step", 0), ("reward", "reward", 2), ("length, tokens", "length", 1)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
+    for name, kind, default, text in (
+            ("corpus", str, None, ".jsonl, .txt or folder; a run's own by default"), ("proxy", str, None,
+             "model whose entropy makes the splits; by default the run's, else the model itself"),
+            ("samples", int, 1, "responses to each question; above 1 also pass@k and majority vote"),
+            ("questions", int, 500, "held-out questions"), ("holdout", int, 200, "documents to ask about"),
+            ("template", str, None, "prompt template"), ("temperature", float, None, "of the responses"),
+            ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"), ("seed", int, None, "of everything"),
+            ("min-context", int, None, "tokens before a question"), ("part", str, None, "all, or solution"),
+            ("dtype", str, None, "of the computation"), ("device", str, "cpu", "cpu or cuda"),
+            ("out", str, None, "file for the records, one JSON object a line")):
+        parser.add_argument("--" + name, type=kind, default=default, help=f"{text} ({default})")
+    args = parser.parse_args(argv)
+    try:
+        print(report(args))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def report(args: argparse.Namespace) -> str:
+    """Evaluates as the command line says; the table as text."""
+    place, settings = Path(args.directory), {}
+    if (place / "run.json").is_file():
+        settings = json.loads((place / "run.json").read_text())
+        place = place / "model"
+    fixed = {"corpus": "", "proxy": "", "model": str(place), "template": "v0", "temperature": 0.8, "max_prompt": 4096,
+             "max_response": 8192, "seed": 0, "min_context": 1, "part": "all", "dtype": "float32", "holdout": args.holdout}
+    chosen = fixed | {k: v for k, v in settings.items() if k in fixed} | {
+        k: v for k, v in vars(args).items() if k in fixed and v is not None and k != "holdout"}
+    if not chosen["corpus"]:
+        raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
+    source, device, dtype = resolve(place), torch.device(args.device), DTYPES[chosen["dtype"]]
+    tokenizer = Tokenizer.from_dir(source)
+    _, held, _ = question_sets(
+        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], Path(args.directory) / "cache",
+        holdout=chosen["holdout"], selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
+        seed=chosen["seed"], window=chosen["max_prompt"], device=device, dtype=dtype)
+    method = Method(template=chosen["template"], temperature=chosen["temperature"], max_prompt=chosen["max_prompt"],
+                    max_response=chosen["max_response"])
+    records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, chosen["seed"]), method,
+                       args.samples, chosen["seed"], progress=True)
+    if args.out:
+        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return table({place.name if not settings else Path(args.directory).name: records})
+
 
 # ---- statistics
 
@@ -167,3 +327,7 @@ def _fit_rows(log_compute: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np
     slope, intercept, fitted = line((low + high) / 2)
     alpha = np.exp((low + high) / 2)
     return slope / alpha * np.exp(alpha * log_compute.min()), alpha, intercept - slope / alpha, fitted
+
+
+if __name__ == "__main__":
+    main()

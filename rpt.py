@@ -15,6 +15,8 @@ of the whole step, and no process decides alone what the others have to wait for
 """
 
 import contextlib
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from data import Question, Tokenizer, prompt_ids
 from model import Segment, Transformer
@@ -295,9 +298,9 @@ def completion_logprobs(model: Transformer, batch: Sequence[tuple[Group, list[in
     return token_logprobs(model, hidden[real], ids[real], temperature)
 
 
-def _backward(model: Transformer, batch: Sequence[tuple[Group, list[int]]], method: Method, tokens: int,
-              sequences: int) -> dict[str, float]:
-    """Adds one micro-batch's gradient; returns sums over its tokens."""
+def _policy_pass(model: Transformer, batch: Sequence[tuple[Group, list[int]]], method: Method, tokens: float,
+                 sequences: float) -> dict[str, float]:
+    """Adds the gradient of one micro-batch; returns sums over its tokens."""
     rows = [(group.completions[s], group.advantages[s]) for group, samples in batch for s in samples]
     logprobs, entropy = completion_logprobs(model, batch, method.temperature)
     per_token = [(old, advantage, token_weights(len(c.ids), method.normalize, tokens, sequences, method.max_response))
@@ -307,8 +310,48 @@ def _backward(model: Transformer, batch: Sequence[tuple[Group, list[int]]], meth
     loss = policy_loss(logprobs, old, advantages, weights, method.clip_low, method.clip_high)
     loss.backward()
     off = (logprobs.detach() - sampled).abs()
-    return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "off": off.sum().item(),
-            "off_max": off.max().item(), "trained": len(off)}
+    return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "logprob_diff": off.sum().item(),
+            "logprob_diff_max": off.max().item(), "trained_tokens": len(off)}
+
+
+def _ntp_pass(model: Transformer, runs: Sequence[Sequence[int]], weight: float) -> dict[str, float]:
+    """Adds the gradient of plain next-token prediction on a batch of runs, each token weighing `weight`."""
+    ids = pad(runs, model.head.device)
+    real = torch.arange(1, ids.shape[1], device=ids.device) < torch.tensor([len(r) for r in runs], device=ids.device)[:, None]
+    logprobs, entropy = token_logprobs(model, model(ids)[:, :-1][real], ids[:, 1:][real])
+    loss = -weight * logprobs.sum()
+    loss.backward()
+    return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "trained_tokens": len(logprobs)}
+
+
+def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
+             passes: Sequence[Callable[[], dict[str, float]]], idle: Callable[[], object],
+             grad_clip: float) -> dict[str, float] | None:
+    """One optimizer step on the gradients that everyone's passes add; sums of what they return, over all processes.
+
+    Every process makes as many passes as the busiest one, `idle` ones (zero weight) where it has none, because a pass
+    gathers shards from all. None, and the weights as they were, if the loss or the gradient is not finite: the sums
+    are the same everywhere, so all processes decide alike.
+    """
+    device = model.head.device
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    parts = [one() for one in passes]
+    for _ in range(int(all_sum([len(passes)], device, "MAX")[0]) - len(passes)):
+        idle()
+    keys = ("loss", "entropy", "logprob_diff", "trained_tokens")
+    sums = dict(zip(keys, all_sum([sum(part.get(key, 0.0) for part in parts) for key in keys], device)))
+    largest = all_sum([max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)], device, "MAX")[0]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(sums["loss"] + norm):
+        return None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    trained = max(sums["trained_tokens"], 1)
+    return sums | {"entropy": sums["entropy"] / trained, "logprob_diff": sums["logprob_diff"] / trained,
+                   "logprob_diff_max": largest, "grad_norm": norm}
 
 
 IDLE = Group((-1, -1), Question((), (), -1, -1), [0, 0], [Completion([0], [0.0], False)], [b""], [0.0], [0.0])
@@ -318,39 +361,44 @@ def update(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], grou
            method: Method) -> dict[str, float]:
     """One optimizer step (or `method.updates`) on everyone's groups. Returns metrics, the same on every process.
 
-    Every process makes as many passes as the busiest one, with empty work where it has none. A step without any
-    informative group, or with a non-finite loss or gradient, leaves the weights as they are, on all processes.
+    A step without any informative group, or with a non-finite number, leaves the weights as they are (skipped 1).
     """
-    device = model.head.device
-    mine = [group for group in groups if group.informative]
+    device, mine = model.head.device, [group for group in groups if group.informative]
     completions = [c for group in groups for c in group.completions]
-    bad = any(c.logprobs and not abs(sum(c.logprobs)) < float("inf") for c in completions)
-    tokens, sequences, informative, bad = all_sum(
-        [sum(len(c.ids) for c in completions), len(completions), len(mine), bad], device)
-    batches = micro_batches(mine, method.micro_tokens)
-    passes = int(all_sum([len(batches)], device, "MAX")[0])
-    batches += [[(IDLE, [0])]] * (passes - len(batches))
-    out = {"skipped": 0.0, "grad_norm": 0.0}
-    for _ in range(method.updates if informative and not bad else 0):
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        parts = [_backward(model, batch, method, int(tokens), int(sequences)) for batch in batches]
-        parts = [part for part, batch in zip(parts, batches) if batch[0][0] is not IDLE]
-        sums = all_sum([sum(part[key] for part in parts) for key in ("loss", "entropy", "off", "trained")], device)
-        largest = all_sum([max((part["off_max"] for part in parts), default=0.0)], device, "MAX")[0]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), method.grad_clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        bad = bad or not abs(sums[0] + norm) < float("inf")
-        if bad:
+    tokens, sequences, informative, broken = all_sum(
+        [sum(len(c.ids) for c in completions), len(completions), len(mine),
+         sum(not math.isfinite(sum(c.logprobs)) for c in completions)], device)
+    passes = [functools.partial(_policy_pass, model, batch, method, tokens, sequences)
+              for batch in micro_batches(mine, method.micro_tokens)]
+    idle = functools.partial(_policy_pass, model, [(IDLE, [0])], method, tokens, sequences)
+    out: dict[str, float] | None = {}
+    for _ in range(method.updates if informative and not broken else 0):
+        out = optimize(model, optimizers, passes, idle, method.grad_clip)
+        if out is None:
             break
-        for optimizer in optimizers:
-            optimizer.step()
-        trained = max(sums[3], 1)
-        out |= {"loss": sums[0], "grad_norm": norm, "entropy": sums[1] / trained, "logprob_diff": sums[2] / trained,
-                "logprob_diff_max": largest, "trained_tokens": sums[3]}
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return out | {"skipped": 1.0 if bad else 0.0, "informative": informative}
+    failed = out is None or broken > 0
+    return (out or {}) | {"informative": informative, "skipped": float(failed)}
+
+
+def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], runs: Sequence[Sequence[int]],
+             method: Method) -> dict:
+    """One step of next-token prediction on token runs, the same list on every process: the paper's baseline.
+
+    Every token but the first of a run counts the same.
+    """
+    (rank, world), begin = rank_and_world(), time.perf_counter()
+    weight = 1 / max(1, sum(len(run) - 1 for run in runs))
+    mine = sorted(runs[rank::world], key=len)
+    batches: list[list] = [[]]
+    for run in mine:
+        if batches[-1] and (len(batches[-1]) + 1) * len(run) > method.micro_tokens:
+            batches.append([])
+        batches[-1].append(run)
+    passes = [functools.partial(_ntp_pass, model, batch, weight) for batch in batches if batch]
+    out = optimize(model, optimizers, passes, functools.partial(_ntp_pass, model, [[0, 0]], 0.0), method.grad_clip)
+    seconds = time.perf_counter() - begin
+    return (out or {}) | {"skipped": float(out is None), "time": {
+        "seconds": seconds, "train_tokens_per_s": (out or {}).get("trained_tokens", 0) / seconds}}
 
 
 def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torch.optim.Optimizer],

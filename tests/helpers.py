@@ -1,0 +1,52 @@
+"""What several test files share: a tiny model whose predictions are not uniform, and a guard against implicit devices."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {str(ROOT / f"{name}.py") for name in ("model", "sampler", "reward", "data", "rpt", "train", "eval")}
+TINY = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 1000.0}
+
+
+def tiny(model_type: str = "qwen2", seed: int = 0, **overrides) -> Transformer:
+    """A small model in float32 on the CPU, with weights so large that it has opinions (qwen3: head_dim 12, not 8)."""
+    config = TINY | ({"head_dim": 12} if model_type == "qwen3" else {}) | {"model_type": model_type} | overrides
+    model, generator = Transformer(ModelConfig.from_dict(config)), torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
+    return model
+
+
+class ExplicitDevices(TorchFunctionMode):
+    """Raises where one of our files makes a tensor without saying on which device.
+
+    A call counts as ours if our file is the nearest caller outside of torch. Backward passes are watched too.
+    """
+
+    FACTORIES = _device_constructors() - {torch.as_tensor, torch.asarray}  # these take the device of what they are given
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.FACTORIES and kwargs.get("device") is None:
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename == __file__ or f"{torch.__name__}/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            if frame.f_code.co_filename in OURS:
+                raise AssertionError(f"{frame.f_code.co_filename}:{frame.f_lineno}: torch.{func.__name__} without device=")
+        if func is torch.Tensor.backward:
+            # torch leaves the mode for the time of the call: enter it again with the first gradient, on the same thread.
+            args[0].register_hook(lambda gradient: self.__enter__() and None)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.__exit__(None, None, None)
+        return func(*args, **kwargs)

@@ -1,0 +1,538 @@
+"""Trains by Reinforcement Pre-Training: `torchrun train.py` shows all of it on an embedded toy world.
+
+    torchrun train.py                                  the toy: world, weak base model, RPT, table of accuracies
+    torchrun --nproc-per-node 8 train.py --recipe paper --model DIR --corpus FILE --out DIR      the paper's run
+    python train.py --stage ntp --model DIR --corpus FILE --out DIR           continual next-token prediction
+    python train.py --stage rlvr --model DIR --corpus FILE --out DIR          RL with verifiable rewards
+    python train.py --recipe paper --model DIR --plan                         what it would take, without hardware
+
+The same command again goes on after the last checkpoint. Master weights, gradients and reductions are float32; the
+computation is in --dtype.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
+from model import DTYPES, ModelConfig, Transformer, load_weights, read_config, resolve, save_pretrained
+from reward import REWARDS
+from rpt import Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
+
+STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that is not the method itself."""
+
+    recipe: str = option("toy", "defaults for all other options", choices=("toy", "paper"))
+    stage: str = option("rpt", "RPT, plain next-token prediction, or RL with verifiable rewards",
+                        choices=("rpt", "ntp", "rlvr"))
+    model: str = option("", "model directory or hub id to start from; recipe toy makes its own")
+    corpus: str = option("", ".jsonl (text, or problem and solution; rlvr: problem and answer), .txt, or a folder")
+    proxy: str = option("", "model whose entropy selects positions (default: --model)")
+    out: str = option("runs/toy", "folder of the run")
+    seed: int = option(0, "decides the order of the data and every sampled token")
+    steps: int = option(100, "optimizer steps")
+    reward: str = option("prefix", "reward function, by its name in reward.py", choices=tuple(REWARDS))
+    selector: str = option("threshold", "which positions are asked about", choices=("threshold", "top", "random"))
+    select: float = option(0.5, "selector threshold: nats; top, random: share of the positions")
+    part: str = option("all", "ask everywhere, or only behind the problem of a document", choices=("all", "solution"))
+    min_context: int = option(1, "tokens that precede a question, at least")
+    holdout: int = option(200, "documents never trained on")
+    optimizer: str = option("adamw", "AdamW, or Muon for the matrices of the blocks", choices=("adamw", "muon"))
+    lr: float = option(1e-6, "learning rate; with Muon that of the matrices, the rest has 0.003")
+    warmup: int = option(0, "steps over which the learning rate rises")
+    decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
+    weight_decay: float = option(0.01, "decoupled weight decay")
+    beta2: float = option(0.999, "AdamW's second-moment decay")
+    eval_every: int = option(0, "steps between evaluations on held-out questions; 0: only the toy's own table")
+    eval_questions: int = option(500, "held-out questions of an evaluation")
+    save_every: int = option(20, "steps between checkpoints")
+    keep: int = option(2, "newest checkpoints kept")
+    dtype: str = option("float32", "of the computation", choices=tuple(DTYPES))
+    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if there is one")
+    shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
+    checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
+    show: int = option(0, "print this many rollouts of every step")
+    plan: bool = option(False, "print memory and time for --processes and stop")
+
+
+RECIPES: dict[str, dict] = {
+    "toy": dict(questions=32, max_prompt=256, max_response=64, template="toy", micro_tokens=8192, part="solution", lr=5e-4,
+                weight_decay=0.0, beta2=0.99, steps=60, holdout=500),
+    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True, out="runs/paper",
+                  min_context=16, grad_clip=0.2),
+}
+STAGES = {"rlvr": dict(template="plain", reward="answer")}  # whatever the recipe
+TOY_BASE = dict(stage="ntp", steps=600, questions=64, optimizer="muon", lr=0.015, decay=0.3, save_every=100)
+TOY_MODEL = dict(model_type="qwen2", hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
+
+
+def parse(argv: list[str] | None = None) -> tuple[Run, Method]:
+    """The command line: one option per field of Run and Method, with the recipe's values as defaults."""
+    pick = argparse.ArgumentParser(add_help=False)
+    pick.add_argument("--recipe", default="toy")
+    recipe = dict(RECIPES.get(pick.parse_known_args(argv)[0].recipe, {}))
+    pick.add_argument("--stage", default="rpt")
+    recipe |= STAGES.get(pick.parse_known_args(argv)[0].stage, {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for kind in (Run, Method):
+        group = parser.add_argument_group("the run" if kind is Run else "the method")
+        for field in dataclasses.fields(kind):
+            default = recipe.get(field.name, field.default)
+            how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            if "choices" in field.metadata:
+                how["choices"] = field.metadata["choices"]
+            group.add_argument("--" + field.name.replace("_", "-"), default=default, **how,
+                               help=f"{field.metadata['help']} ({default!r})".replace("%", "%%"))
+    values = vars(parser.parse_args(argv))
+    run, method = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in (Run, Method))
+    problem = check(run, method)
+    if problem:
+        parser.error(problem)
+    return run, method
+
+
+def check(run: Run, method: Method) -> str | None:
+    """What is wrong with the arguments, in one sentence, or None."""
+    if method.group_size < 2:
+        return f"--group-size {method.group_size}: a group needs at least 2 responses to compare"
+    if method.template not in data.TEMPLATES:
+        return f"--template {method.template}: one of {', '.join(data.TEMPLATES)}"
+    for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps", "save_every",
+                 "keep", "holdout", "min_context", "eval_questions"):
+        value = getattr(method, name, None) or getattr(run, name, 0)
+        if value < 1:
+            return f"--{name.replace('_', '-')} {value}: must be at least 1"
+    if not method.temperature > 0:
+        return f"--temperature {method.temperature}: must be above 0, a greedy policy has no gradient"
+    if not run.model and (run.recipe != "toy" or run.stage != "rpt" or run.corpus):
+        return "--model is missing: a model directory or hub id"
+    if run.model and not run.corpus and not run.plan:
+        return "--corpus is missing: a .jsonl or .txt file, or a folder of them"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- processes and shards
+
+
+def start(run: Run) -> torch.device:
+    """This process's device; joins the process group where there are several processes or the masters are sharded."""
+    kind = run.device or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    if kind != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or run.dtype != "float32":
+        if "RANK" not in os.environ:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
+    return device
+
+
+def shard(model: Transformer, run: Run, device_type: str) -> None:
+    """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32.
+
+    With one process and float32 nothing is sharded: on the toy that wrapping costs a fifth of a step, bitwise for nothing.
+    """
+    world = dist.get_world_size()
+    size = run.shard_group or world
+    if world % size:
+        raise ValueError(f"--shard-group {size} does not divide the {world} processes")
+    shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
+    how = dict(mesh=init_device_mesh(device_type, shape, mesh_dim_names=names), mp_policy=MixedPrecisionPolicy(
+        param_dtype=DTYPES[run.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False))
+    for block in model.model.layers:
+        fully_shard(block, **how)
+    fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the loss is already divided by the tokens of all processes: sum, never average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def build(directory: Path, run: Run, device: torch.device) -> Transformer:
+    """The model with float32 master weights, read from the files straight into this process's shards."""
+    with torch.device("meta"):
+        model = Transformer(read_config(directory))
+    if dist.is_initialized():
+        shard(model, run, device.type)
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    for block in model.model.layers:
+        block.checkpoint_activations = run.checkpoint_activations
+    return model
+
+
+def make_optimizers(model: Transformer, run: Run) -> list[torch.optim.Optimizer]:
+    """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if run.optimizer == "muon" else []
+    chosen = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adamw = torch.optim.AdamW(rest, lr=0.003 if matrices else run.lr, betas=(0.9, run.beta2), weight_decay=run.weight_decay)
+    optimizers = [adamw] + ([torch.optim.Muon(matrices, lr=run.lr, weight_decay=run.weight_decay)] if matrices else [])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def learning_rate(step: int, run: Run) -> float:
+    """The share of its peak that the learning rate has in a step: rise, plateau, fall."""
+    rise = (step + 1) / run.warmup if step < run.warmup else 1.0
+    fall = run.decay * run.steps
+    return min(rise, (run.steps - step) / fall if fall else 1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- the run's folder
+
+
+class RunFolder:
+    """Checkpoints and logs of one run. What is written is complete or invisible, whenever the process dies.
+
+    A checkpoint is written beside its place, with the checksums of its files, and renamed. It remembers how long the
+    logs were, so a resumed run cuts off what an interrupted one wrote after it, and writes the same again.
+    """
+
+    LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
+
+    def __init__(self, path: Path, settings: dict, keep: int):
+        self.path, self.keep = path, keep
+        self.rank, self.world = rank_and_world()
+        problem = None
+        if self.rank == 0:
+            try:
+                problem = self._claim(settings)
+            except OSError as error:
+                problem = f"{path}: cannot be written ({error.strerror})"
+        problem = all_gather(problem)[0]
+        if problem:
+            raise ValueError(problem)
+
+    def _claim(self, settings: dict) -> str | None:
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return f"{self.path}: another run is writing to this folder"
+        file = self.path / "run.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in FREE)
+            if changed:
+                was = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in changed)
+                return f"{self.path} belongs to another configuration ({was}); choose another --out or delete it"
+        else:
+            write_json(file, settings)
+        return None
+
+    def log(self, name: str, rows: list[dict]) -> None:
+        """Appends rows to a log (first process only)."""
+        if self.rank == 0 and rows:
+            with open(self.path / name, "a") as out:
+                out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def save(self, step: int, model: Transformer, optimizers: list, strikes: int) -> None:
+        """A checkpoint of the state after `step` steps."""
+        place, aside = self.path / "checkpoints" / f"step-{step:06d}", self.path / "checkpoints" / "unfinished"
+        if self.rank == 0 and aside.exists():
+            shutil.rmtree(aside)
+        all_gather(None)
+        weights, moments = get_state_dict(model, optimizers)
+        dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=aside)
+        mine = [f for f in aside.iterdir() if f.name.startswith(f"__{self.rank}_") or self.rank == 0 and f.name == ".metadata"]
+        sums = {name: digest for part in all_gather({f.name: file_digest(f) for f in mine}) for name, digest in part.items()}
+        if self.rank == 0:
+            sizes = {}
+            for name in self.LOGS:
+                with open(self.path / name, "ab") as log:
+                    os.fsync(log.fileno())
+                    sizes[name] = log.tell()
+            write_json(aside / "state.json", {"step": step, "strikes": strikes, "logs": sizes, "files": sums})
+            if place.exists():
+                shutil.rmtree(place)
+            aside.rename(place)
+            for old in sorted(self.path.glob("checkpoints/step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        all_gather(None)
+
+    def resume(self, model: Transformer, optimizers: list) -> tuple[int, int]:
+        """Loads the newest intact checkpoint, cuts the logs to it; (steps done, strikes), (0, 0) without one."""
+        logs, done = dict.fromkeys(self.LOGS, 0), (0, 0)
+        for place in sorted(self.path.glob("checkpoints/step-*"), reverse=True):
+            problem = next((p for p in all_gather(self._damage(place)) if p), None)
+            if problem:
+                say(f"{place.name} is damaged ({problem}): using the one before it")
+                continue
+            state = json.loads((place / "state.json").read_text())
+            weights, moments = get_state_dict(model, optimizers)
+            stored = {"model": weights, "optimizers": moments}
+            dcp.load(stored, checkpoint_id=place)
+            set_state_dict(model, optimizers, model_state_dict=stored["model"], optim_state_dict=stored["optimizers"])
+            logs, done = state["logs"], (state["step"], state["strikes"])
+            say(f"{self.path}: going on after step {state['step']}")
+            break
+        if self.rank == 0:
+            for name, size in logs.items():
+                with open(self.path / name, "ab") as log:
+                    log.truncate(size)
+        all_gather(None)
+        return done
+
+    def _damage(self, place: Path) -> str | None:
+        """What is wrong with a checkpoint's files; each process reads its share."""
+        try:
+            files = json.loads((place / "state.json").read_text())["files"]
+            wrong = [name for name in sorted(files)[self.rank:: self.world] if file_digest(place / name) != files[name]]
+        except (OSError, ValueError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
+        return f"checksum of {wrong[0]}" if wrong else None
+
+
+FREE = ("steps", "save_every", "keep", "show", "eval_every", "plan", "device", "out", "micro_tokens", "max_rows",
+        "shard_group", "checkpoint_activations")  # options that a resumed run may change
+
+
+def file_digest(file: Path) -> str:
+    """BLAKE2 of a file's content."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_json(file: Path, value: object) -> None:
+    """Writes a small file completely or not at all."""
+    aside = file.with_name(file.name + ".new")
+    with open(aside, "w") as out:
+        json.dump(value, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(file)
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes, without breaking a progress bar."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+
+
+class Stop:
+    """Turns a first SIGTERM or SIGINT into a request to stop after the step; a second one acts at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer) -> list[dict]:
+    """What rollouts.jsonl says about a step, one row per response, of all processes."""
+    text = lambda content: content.decode(errors="backslashreplace")  # noqa: E731
+    rows = [{"step": step, "question": list(g.number), "document": g.question.document, "position": g.question.position,
+             "entropy": g.question.entropy if g.question.entropy == g.question.entropy else None, "context": text(tokenizer.bytes_of(g.question.context[-48:])),
+             "truth": text(b"".join(g.question.truth[:4])), "response": text(r), "reward": reward,
+             "prediction": None if p is None else text(p), "advantage": advantage, "finished": c.finished,
+             "tokens": len(c.ids)}
+            for g in groups for r, p, reward, advantage, c in
+            zip(g.responses, map(data.extract_prediction, g.responses), g.rewards, g.advantages, g.completions)]
+    return sorted((row for part in all_gather(rows) for row in part), key=lambda row: row["question"])
+
+
+def show_rollout(row: dict) -> str:
+    """One response for a person to read."""
+    verdict = f"reward {row['reward']:g}, advantage {row['advantage']:+.2f}, {row['tokens']} tokens"
+    return f"  ...{row['context'][-160:]!r}\n  truth {row['truth']!r}; {verdict}\n  response {row['response']!r}"
+
+
+def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, folder: RunFolder,
+          one_step: Callable[[int, list], tuple[list[Group], dict]], evaluate: Callable[[], dict] | None = None) -> None:
+    """The loop of every stage: learning rate, step, logs, checkpoint. one_step(step, optimizers) -> groups, metrics."""
+    optimizers, stop = make_optimizers(model, run), Stop()
+    begin, strikes = folder.resume(model, optimizers)
+    bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
+               mininterval=0.5)
+    for step in range(begin, run.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, run)
+        groups, metrics = one_step(step, optimizers)
+        rows = rollout_rows(step, groups, tokenizer) if groups or run.stage != "ntp" else []
+        folder.log("rollouts.jsonl", rows)
+        folder.log("metrics.jsonl", [{"step": step} | metrics])
+        for row in rows[: run.show if run.show else step in (0, run.steps - 1)]:
+            say(f"step {step}, a rollout:\n{show_rollout(row)}")
+        if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
+            folder.log("evals.jsonl", [{"step": step + 1} | evaluate()])
+        strikes = strikes + 1 if metrics["skipped"] else 0
+        if metrics["skipped"]:
+            say(f"step {step}: a loss, gradient or log-probability is not finite; the weights stay as they were")
+        if strikes == STRIKES:
+            raise FloatingPointError(f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: lower --lr; "
+                                     f"the last good checkpoint is in {folder.path}/checkpoints")
+        bar.update()
+        shown = {"reward": "reward", "length": "length", "loss": "loss", "grad_norm": "gradient"}
+        bar.set_postfix(refresh=False, ordered_dict={name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
+                        | {key: f"{metrics['time'][key + '_tokens_per_s']:,.0f} tok/s" for key in ("decode", "train")
+                           if key + "_tokens_per_s" in metrics["time"]})
+        stopping = int(all_sum([stop.signal], model.head.device, "MAX")[0])
+        if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+            folder.save(step + 1, model, optimizers, strikes)
+        if stopping:
+            say(f"stopped by {signal.Signals(stopping).name} after step {step}; the same command goes on from there")
+            sys.exit(128 + stopping)
+    bar.close()
+
+
+def export(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
+    """The trained model as a Hugging Face directory, complete or absent."""
+    aside = directory.with_name(directory.name + ".unfinished")
+    if rank_and_world()[0] == 0 and aside.exists():
+        shutil.rmtree(aside)
+    all_gather(None)
+    save_pretrained(model, aside, tokenizer)
+    all_gather(None)
+    if rank_and_world()[0] == 0:
+        if directory.exists():
+            shutil.rmtree(directory)
+        aside.rename(directory)
+    all_gather(None)
+    say(f"model written to {directory}")
+
+
+def ntp_stage(run: Run, method: Method, device: torch.device, runs: list[list[int]] | None = None) -> Transformer:
+    """Next-token prediction on the training documents of a corpus, or on given runs in their order."""
+    source = resolve(run.model)
+    tokenizer = Tokenizer.from_dir(source)
+    check_vocabulary(tokenizer, read_config(source).vocab_size, source)
+    if runs is None:
+        documents, _, _ = data.split_holdout(read_corpus(run.corpus), run.holdout, run.seed)
+        texts = [tokenizer.bos + ids + tokenizer.eos_ids[:1] for ids in tokenizer.encode_batch([d.text for d in documents])]
+        texts = [ids[i: i + method.max_prompt] for ids in texts for i in range(0, len(ids), method.max_prompt)]
+        pick = lambda step: data.draw(len(texts), run.seed, step, 0, method.questions)  # noqa: E731
+    else:
+        texts, pick = runs, lambda step: range(step * method.questions, (step + 1) * method.questions)
+    texts = texts if any(len(ids) > 1 for ids in texts) else []
+    if not texts:
+        raise ValueError(f"{run.corpus}: no document is left to train on beside {run.holdout} held-out ones")
+    folder = RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep)
+    model = build(source, run, device)
+    train(run, method, model, tokenizer, folder,
+          lambda step, optimizers: ([], ntp_step(model, optimizers, [texts[i] for i in pick(step)], method)))
+    export(model, tokenizer, Path(run.out) / "model")
+    return model
+
+
+def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transformer, Tokenizer, list[Question]]:
+    """RPT on the selected positions of a corpus (rpt), or on its questions and answers (rlvr)."""
+    source = resolve(run.model)
+    tokenizer = Tokenizer.from_dir(source)
+    check_vocabulary(tokenizer, read_config(source).vocab_size, source)
+    documents = read_corpus(run.corpus)
+    if len(documents) <= run.holdout:
+        raise ValueError(f"{run.corpus}: {len(documents)} documents, of which --holdout {run.holdout} leaves none to train on")
+    if run.stage == "rlvr":
+        questions, held, table = data.answer_sets(tokenizer, documents, run.holdout, run.seed)
+    else:
+        questions, held, table = question_sets(
+            tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout, selector=run.selector,
+            value=run.select, min_context=run.min_context, part=run.part, seed=run.seed, window=method.max_prompt,
+            device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0], gather=all_gather)
+    folder = RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep)
+    say(table)
+    model = build(source, run, device)
+    held = evaluation.subset(held, run.eval_questions, run.seed)
+    train(run, method, model, tokenizer, folder, lambda step, optimizers: rpt_step(
+        model, tokenizer, optimizers, lambda s, retry: [questions[n] for n in data.draw(len(questions), run.seed, s, retry, method.questions)],
+        step, method, REWARDS[run.reward], run.seed),
+        lambda: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
+    export(model, tokenizer, Path(run.out) / "model")
+    return model, tokenizer, held
+
+
+def toy(run: Run, method: Method, device: torch.device) -> None:
+    """The whole story in miniature: a world, a weak reasoner pre-trained on it, RPT, and the table of accuracies."""
+    out, tokenizer = Path(run.out), data.toy_tokenizer()
+    world, base = out / "world", dataclasses.replace(run, **{k: v for k, v in TOY_BASE.items() if k != "questions"},
+                                                     model=str(out / "world" / "init"), out=str(out / "base"))
+    if rank_and_world()[0] == 0 and not (world / "corpus.jsonl").exists():
+        data.write_toy(world, run.seed)
+    all_gather(None)
+    documents = read_corpus(world / "corpus.jsonl")
+    _, held, _ = data.split_holdout(documents, run.holdout, run.seed)
+    if not (out / "base" / "model" / "config.json").exists():
+        torch.manual_seed(run.seed)
+        config = ModelConfig.from_dict(TOY_MODEL | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_ids[0]})
+        export(Transformer(config), tokenizer, world / "init")
+        ntp = dataclasses.replace(method, questions=TOY_BASE["questions"])
+        stories = data.toy_stories(base.steps * ntp.questions, seed=1 + run.seed, exclude=frozenset(d.text for d in held))
+        say(f"pre-training a weak base model on {len(stories):,} stories and thoughts, by next-token prediction")
+        ntp_stage(base, ntp, device, data.toy_runs(tokenizer, stories, run.seed))
+    say("reinforcement pre-training of the base model")
+    run = dataclasses.replace(run, model=str(out / "base" / "model"), corpus=str(world / "corpus.jsonl"))
+    model, tokenizer, questions = rl_stage(run, method, device)
+    after = evaluation.evaluate(model, tokenizer, questions, method, seed=run.seed)
+    before = evaluation.evaluate(build(resolve(run.model), run, device), tokenizer, questions, method, seed=run.seed)
+    if rank_and_world()[0] == 0:
+        write_json(out / "table.json", {"base": evaluation.summary(before), "rpt": evaluation.summary(after)})
+    say(evaluation.growth(out / "metrics.jsonl"))
+    say(evaluation.table({"base": before, "RPT": after}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    run, method = parse(argv)
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    try:
+        if run.plan:
+            return print(plan(run, method))
+        device = start(run)
+        if not run.model:
+            toy(run, method, device)
+        elif run.stage == "ntp":
+            ntp_stage(run, method, device)
+        else:
+            rl_stage(run, method, device)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if "RPT_TRACEBACK" in os.environ:
+            raise
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
