@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Transformer, load_pretrained, read_json, resolve
-from reward import extract_prediction, reachable
+from reward import reachable
 from sampler import pad
 
 MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one is a mistake or should be split
@@ -61,9 +61,11 @@ class Tokenizer:
         try:
             spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            adds_bos = spec["post_processor"] or {}
-            plain = spec | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._text = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            exact = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # no space that the text has not
+            plain = {key: json.loads(json.dumps(spec.get(key)), object_hook=lambda step: step | {
+                name: value for name, value in exact.items() if name in step}) for key in ("normalizer", "pre_tokenizer")}
+            plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._text = tokenizers.Tokenizer.from_str(json.dumps(spec | plain))
             vocabulary = spec["model"]["vocab"]
             if not isinstance(vocabulary, dict):
                 raise ValueError("only BPE vocabularies are supported")
@@ -85,17 +87,18 @@ class Tokenizer:
             self._bytes[id] = token.encode()
         bos = settings.get("bos_token")
         bos = bos["content"] if isinstance(bos, dict) else bos
-        wants_bos = settings.get("add_bos_token", bos is not None and f'"{bos}"' in json.dumps(adds_bos, ensure_ascii=False))
+        wants_bos = settings.get("add_bos_token", f'"{bos}"' in json.dumps(spec.get("post_processor"), ensure_ascii=False))
         self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
         self._ids_of: dict[bytes, list[int]] = {}
         for id, content in enumerate(self._bytes):
             self._ids_of.setdefault(content, []).append(id)
         self.eos_ids = self._end_tokens(settings, generation, config, where)
         family = next((token for token in CHATS if token in self.special), None)
-        system = re.search(r"<\|im_start\|>system(?:\n|\\n)[^'\"{<]+<\|im_end\|>(?:\n|\\n)", str(settings.get("chat_template")))
-        self._chat = CHATS[family] if family else "\0\n<think>\n"
-        self._chat = self._chat.replace("{system}", system[0].replace("\\n", "\n") if system else "")
-        pattern = "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")"
+        template = files.get("chat_template.jinja", b"").decode() or str(settings.get("chat_template"))
+        system = re.search(r"<\|im_start\|>system(?:\n|\\n)(?:(?!{[{%])[^'\"<])+<\|im_end\|>(?:\n|\\n)", template)
+        system = re.sub(r"\\(.)", lambda c: "\n" if c[1] == "n" else c[1], system[0]) if system else ""
+        self._chat = (CHATS[family] if family else "\0\n<think>\n").replace("{system}", system)
+        pattern = "(" + ("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)") + ")"
         self._chat = [piece for piece in re.split(pattern, self._chat) if piece]
         self._chat_bos = self.bos if family is None else []  # elsewhere the format itself has it
 
@@ -123,9 +126,9 @@ class Tokenizer:
         return cls({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, config, str(path))
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files it was read from, and a generation config if there was none."""
-        extra = {"generation_config.json": json.dumps({"eos_token_id": self.eos_ids}).encode()}
-        for name, content in (extra | self.files).items():
+        """Writes the files it was read from, with its end tokens in the generation config."""
+        generation = json.loads(self.files.get("generation_config.json", b"{}")) | {"eos_token_id": self.eos_ids}
+        for name, content in (self.files | {"generation_config.json": json.dumps(generation).encode()}).items():
             (Path(directory) / name).write_bytes(content)
 
     def __len__(self) -> int:
@@ -201,6 +204,8 @@ def _document(row: object, id: int, where: str) -> Document:
     text = get.get("text") or (f"{problem}\n\n{solution}" if problem and solution else problem)
     if not text or not text.strip():
         raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; mend the text")
     if len(text) > MAX_LINE:
         raise ValueError(f"{where}: document of {len(text):,} characters; split it (limit {MAX_LINE:,})")
     return Document(text, id, problem if problem and text.startswith(problem) else None, get.get("answer"))
@@ -213,14 +218,13 @@ def _rows(file: Path) -> Iterator[tuple[object, str]]:
             text = file.read_bytes().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-        for number, part in enumerate(text.split("<|endoftext|>\n"), 1):
+        parts = re.split(r"<\|endoftext\|>\s*?(?:\n|\Z)", text)
+        for number, part in enumerate(parts if parts[-1].strip() else parts[:-1], 1):
             yield {"text": part}, f"{file} document {number}"
         return
     with open(file, "rb") as lines:
-        for number in range(1, 2**62):
-            line, where = lines.readline(MAX_LINE + 1), f"{file} line {number}"
-            if not line:
-                return
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
+            where = f"{file} line {number}"
             if len(line) > MAX_LINE:
                 raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a line, split this one")
             if not line.strip():
@@ -236,7 +240,7 @@ def _rows(file: Path) -> Iterator[tuple[object, str]]:
 def read_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
 
-    In a .txt, lines `<|endoftext|>` part documents. Raises ValueError or FileNotFoundError that name file and line.
+    In a .txt, `<|endoftext|>` at the end of a line ends a document. Errors (ValueError, FileNotFoundError) name file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -256,8 +260,8 @@ def read_corpus(path: str | Path) -> list[Document]:
 def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tuple[list[Document], list[Document], int]:
     """Training documents, `holdout` held-out ones, and how many near-duplicates of them were dropped from training.
 
-    Two documents are near-duplicates if their sets of runs of eight words overlap by 0.8 (Jaccard), words in lower
-    case without punctuation; shorter documents if their words are the same.
+    Two documents are near-duplicates if their sets of runs of eight words overlap by half (Jaccard; one word changed in
+    40 leaves 0.6), words in lower case without punctuation; shorter documents if their words are the same.
     """
     order = np.random.default_rng([seed, 17]).permutation(len(documents))
     held = [documents[i] for i in sorted(order[:holdout])]
@@ -269,9 +273,8 @@ def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tup
     train = []
     for document in (documents[i] for i in sorted(order[holdout:])):
         shingles = _shingles(document.text)
-        hits = [number for shingle in shingles for number in where.get(shingle, ())]
-        shared = np.bincount(hits, minlength=1)
-        if not any(2 * n and n >= 0.8 * (len(shingles) + len(held_shingles[number]) - n) for number, n in enumerate(shared)):
+        shared = np.bincount([number for shingle in shingles for number in where.get(shingle, ())], minlength=1)
+        if not any(n and 2 * n >= len(shingles) + len(held_shingles[number]) - n for number, n in enumerate(shared)):
             train.append(document)
     return train, held, len(documents) - len(held) - len(train)
 
@@ -311,7 +314,7 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
             end = min(pieces[-1][3] + window // 2, len(ids))
             pieces.append((run, end - window, pieces[-1][3], end))
     pieces.sort(key=lambda piece: (piece[3] - piece[1], piece))
-    batches, used = [[]], 0
+    batches = [[]]
     for piece in pieces:
         if batches[-1] and (len(batches[-1]) + 1) * (piece[3] - piece[1]) > batch_tokens:
             batches.append([])
@@ -346,10 +349,10 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for a set of inputs: files and folders by content, everything else by its text."""
+    """A short name for a set of inputs: files and the files of a folder by content, everything else by its text."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
-        files = sorted(part.glob("*")) if isinstance(part, Path) and part.is_dir() else [part]
+        files = sorted(filter(Path.is_file, part.iterdir())) if isinstance(part, Path) and part.is_dir() else [part]
         for file in files:
             if isinstance(file, Path):
                 with open(file, "rb") as f:
@@ -393,7 +396,7 @@ class QuestionSet:
 
 def draw(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
     """`count` different numbers below `total` (repeated only if there are fewer), by (seed, step, retry) alone."""
-    random = np.random.Generator(np.random.Philox(key=[seed % 2**64, 1], counter=[0, step, retry, 0]))
+    random = np.random.Generator(np.random.Philox(key=[seed % 2**63, 1], counter=[0, step, retry, 0]))
     return random.choice(total, count, replace=count > total).tolist()
 
 
@@ -414,14 +417,16 @@ def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: S
     """The positions to ask about, after the paper's token-level filter (section 3.2).
 
     selector "threshold": entropy above `value` nats; "top": the `value` share of highest entropy; "random": a random
-    `value` share. part "solution" asks only behind the problem of a document. Left out: the first `min_context` tokens,
+    `value` share. part "solution" asks only about what follows the problem. Left out: the first `min_context` tokens,
     positions without an entropy, and truths that no \\boxed{} can hold (see reward.reachable).
     """
     places, values = [], []
     for number, (document, run, entropy) in enumerate(zip(documents, ids, entropies)):
         begin = max(min_context, 1)
         if part == "solution" and document.problem:
-            begin = max(begin, _tokens_covering(tokenizer, run, len(document.problem.encode())))
+            solution = document.text[len(document.problem):].lstrip().encode()
+            ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in run])
+            begin = max(begin, int(np.searchsorted(ends, ends[-1] - len(solution))) + 1)
         positions = np.arange(begin, len(run))
         positions = positions[np.isfinite(entropy[begin:])]
         places.append(np.stack([np.full(len(positions), number), positions], axis=1))
@@ -443,12 +448,6 @@ def _reachable(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
     return b"{" not in truth[0] and b"}" not in truth[0] and b"\\" not in truth[0] or reachable(truth)
 
 
-def _tokens_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:
-    """How many tokens hold the first `size` bytes."""
-    ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in ids])
-    return int(np.searchsorted(ends, size, side="left")) + 1
-
-
 def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: str | Path, cache: Path, *, holdout: int,
                   selector: str, value: float, min_context: int, part: str, seed: int, window: int,
                   device: torch.device, dtype: torch.dtype, rank: int = 0,
@@ -464,7 +463,8 @@ def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: st
     if max(map(len, ids)) <= min_context:
         raise ValueError(f"no document is longer than --min-context {min_context} tokens")
     cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"entropy-{fingerprint(proxy, tokenizer.files['tokenizer.json'], window, *texts)}.f32"
+    inputs = fingerprint(proxy, tokenizer.files["tokenizer.json"], tokenizer.bos, window, dtype, *texts)
+    file = cache / f"entropy-{inputs}.f32"
     if not file.exists() or file.stat().st_size < 4 * sum(map(len, ids)):
         model = load_pretrained(proxy, device, dtype)
         check_vocabulary(tokenizer, model.config.vocab_size, proxy)
@@ -606,7 +606,7 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
     35 % documents. 35 % problems answered with a full, correct thought. 30 % next-token questions answered by a weak
-    annotator: 70 % bare guesses, 25 % thoughts that stop early, 5 % right.
+    annotator: 70 % bare guesses of any cup, 25 % thoughts that stop early, 5 % right.
     """
     random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
     for story in stories:
@@ -625,7 +625,7 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
             elif effort < 0.95:
                 steps = random.randrange(steps)
         thought = story.chain(steps) + "\n" if steps >= 0 else ""
-        guess = story.ball[steps] if steps >= 0 else random.choice(story.cups)
+        guess = story.ball[steps] if steps >= 0 else random.choice(CUPS)
         answer = f"\n\n\\boxed{{{space}{guess}}}"
         runs.append(prompt + tokenizer.encode(thought) + [tokenizer.special["</think>"]] + tokenizer.encode(answer) + end)
     return runs

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Question, QuestionSet, Tokenizer, prompt_ids, question_sets, read_corpus
+from data import Question, Tokenizer, prompt_ids, question_sets, read_corpus
 from model import DTYPES, Transformer, load_pretrained, resolve
 from reward import extract_prediction, prefix_match
 from rpt import Method, all_gather, rank_and_world, unsharded

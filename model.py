@@ -79,8 +79,10 @@ class ModelConfig:
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         rope_type = rope.pop("rope_type", None) or rope.pop("type", "default")
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-        known = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
-        if rope_type not in known or not known[rope_type] <= set(rope) or {"mscale", "mscale_all_dim"} & set(rope):
+        rope = {key: value for key, value in rope.items() if value is not None}
+        needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
+        optional = {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
+        if rope_type not in needed or not needed[rope_type] <= set(rope) <= needed[rope_type] | optional:
             raise ValueError(f"config.json: rope_type {rope_type!r} with keys {sorted(rope)} is not supported")
         try:
             heads, bias = int(hf["num_attention_heads"]), bool(hf.get("attention_bias", False))
@@ -151,9 +153,11 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [B, heads, T, head_dim]; channel i turns with channel i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary position embedding of x [B, heads, T, head_dim]; channel i turns with channel i + head_dim / 2.
+
+    The first half of `sin` is negated.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -266,9 +270,10 @@ class Transformer(nn.Module):
         """ids [B, T] -> hidden [B, T, hidden_size] after the final norm, in the dtype of the weights."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions(ids.shape[1])
         frequencies, scale = rope_frequencies(self.config, ids.device)
-        angles = (positions[..., None].float() * frequencies).repeat(1, 1, 2)[:, None]  # [B or 1, 1, T, head_dim]
+        angles = (positions[..., None].float() * frequencies)[:, None]  # [B or 1, 1, T, head_dim / 2]
         x = self.model.embed_tokens(ids)
-        rope = ((angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype))
+        cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+        rope = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         for block in self.model.layers:
             x = block(x, rope, cache)
         return self.model.norm(x)
@@ -281,6 +286,18 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> float32 logits [..., vocab_size]."""
         return F.linear(hidden, self.head).float()
+
+
+def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
+    """Floating-point operations of a forward pass over `tokens`, each attending to `context` others on average.
+
+    Two per weight of every matrix and token, and four per channel of the queries and attended token.
+    """
+    c = config
+    width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = 2 * c.hidden_size * (width + kv) + 3 * c.hidden_size * c.intermediate_size
+    weights = c.num_hidden_layers * block + c.vocab_size * c.hidden_size
+    return tokens * (2 * weights + 4 * c.num_hidden_layers * width * context)
 
 
 # ---------------------------------------------------------------------------------------------- the cache
@@ -387,9 +404,9 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
-            ends = [entry["data_offsets"][1] for entry in header.values()]
+            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             raise ValueError(f"{file}: corrupt safetensors header") from None
     if max(ends, default=0) != size - 8 - length:
         raise ValueError(f"{file}: truncated or corrupt (tensors end at byte {max(ends, default=0)} of {size - 8 - length})")
@@ -413,7 +430,15 @@ def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError(f"{index}: names {file.name!r}, which is outside {directory}")
             if not file.is_file():
                 raise FileNotFoundError(f"{index}: names {file.name}, which does not exist")
-    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+    found, there = {}, {}
+    for file in sorted({*files, *directory.glob("*.safetensors")}):  # the reader opens all, whatever the index says
+        for name, shape in tensor_shapes(file).items():
+            if name in found and {file, found[name]} & set(files):
+                raise ValueError(f"{directory}: {name} is in both {found[name].name} and {file.name}; remove the stale file")
+            found[name] = file
+            if file in files:
+                there[name] = shape
+    return there
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from data import Question, Tokenizer, prompt_ids
-from model import Segment, Transformer
+from model import Segment, Transformer, forward_flops
 from reward import extract_prediction
 from sampler import Completion, generate, pad
 
@@ -64,6 +64,7 @@ class Method:
     grad_clip: float = option(1.0, "largest gradient norm")
     micro_tokens: int = option(16384, "tokens, padding included, of one forward and backward pass")
     max_rows: int = option(256, "responses decoded at a time by one process")
+    cache_tokens: int = option(0, "tokens of keys and values held at a time by one process; 0: no limit but --max-rows")
 
 
 @dataclass
@@ -249,7 +250,7 @@ def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[
     for (number, question), prompt, group in zip(questions, prompts, completions):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         rewards = reward([r if c.finished else b"" for r, c in zip(responses, group)], question, policy)
-        advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64), method.scale_by_std)[0].tolist()
+        advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64, device="cpu"), method.scale_by_std)[0].tolist()
         groups.append(Group(number, question, prompt, group, responses, rewards, advantages))
     return groups
 
@@ -336,8 +337,9 @@ def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
     device = model.head.device
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    most = int(all_sum([len(passes)], device, "MAX")[0])  # agreed on before anyone begins
     parts = [one() for one in passes]
-    for _ in range(int(all_sum([len(passes)], device, "MAX")[0]) - len(passes)):
+    for _ in range(most - len(passes)):
         idle()
     keys = ("loss", "entropy", "logprob_diff", "trained_tokens")
     sums = dict(zip(keys, all_sum([sum(part.get(key, 0.0) for part in parts) for key in keys], device)))
@@ -396,8 +398,9 @@ def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], ru
         batches[-1].append(run)
     passes = [functools.partial(_ntp_pass, model, batch, weight) for batch in batches if batch]
     out = optimize(model, optimizers, passes, functools.partial(_ntp_pass, model, [[0, 0]], 0.0), method.grad_clip)
-    seconds = time.perf_counter() - begin
-    return (out or {}) | {"skipped": float(out is None), "time": {
+    seconds, width = time.perf_counter() - begin, sum(map(len, runs)) / len(runs)
+    flops = 3 * forward_flops(model.config, sum(map(len, runs)), width / 2)
+    return (out or {}) | {"skipped": float(out is None), "flops": flops, "time": {
         "seconds": seconds, "train_tokens_per_s": (out or {}).get("trained_tokens", 0) / seconds}}
 
 
@@ -411,7 +414,13 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
     """
     (rank, world), device, begin = rank_and_world(), model.head.device, time.perf_counter()
     dynamic = 0 <= method.dynamic_from <= step
-    groups, timing, drawn = [], {}, 0
+    groups, timing, drawn, acted = [], {}, 0, 0.0
+
+    def flops_of(some: Sequence[Group]) -> float:  # of a forward pass, each prompt computed once
+        sizes = [(len(g.prompt), sum(len(c.ids) for c in g.completions)) for g in some]
+        return sum(forward_flops(model.config, p, p / 2) + forward_flops(model.config, n, p + n / method.group_size / 2)
+                   for p, n in sizes)
+
     with unsharded(model):
         for retry in range(1 + dynamic * method.max_refills):
             questions = draw(step, retry)
@@ -419,6 +428,7 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
             mine = [((retry, n), question) for n, question in enumerate(questions) if n % world == rank]
             spent: dict[str, float] = {}
             fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, progress and rank == 0)
+            acted += flops_of(fresh)
             timing = {key: timing.get(key, 0) + value for key, value in spent.items()}
             groups += [group for group in fresh if group.informative or not dynamic]
             numbers = sorted(n for part in all_gather([group.number for group in groups]) for n in part)
@@ -429,10 +439,10 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
     sampled = time.perf_counter()
     trained = update(model, optimizers, groups, method)
     metrics = rollout_metrics(groups, device) | trained | {"drawn": drawn}
-    totals = all_sum([timing[k] for k in ("prefill_tokens", "decode_tokens")], device)
+    totals = all_sum([timing["prefill_tokens"], timing["decode_tokens"], acted + 3 * method.updates * flops_of([g for g in groups if g.informative])], device)
     times = all_sum([timing["prefill_seconds"], timing["decode_seconds"], sampled - begin,
                      time.perf_counter() - sampled], device, "MAX")
-    metrics |= {"prefill_tokens": totals[0], "decode_tokens": totals[1]}
+    metrics |= {"prefill_tokens": totals[0], "decode_tokens": totals[1], "flops": totals[2]}
     metrics["time"] = {
         "seconds": times[2] + times[3], "rollout": times[2], "prefill": times[0], "decode": times[1], "train": times[3],
         "prefill_tokens_per_s": totals[0] / max(times[0], 1e-9), "decode_tokens_per_s": totals[1] / max(times[1], 1e-9),

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from model import Segment, Transformer
 
 PREFILL_TOKENS = 16384  # prompts are computed in batches of about so many tokens
-ROOM = 0.25  # groups are admitted when this share of the rows is free, so that prompts are computed together
+ROOM = 1 / 8  # rows that ended are taken out, and groups admitted, when they are this share: moving a cache costs
+COHORTS = 4  # parts of the rows' own cache, by age
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Completion:
 
 def uniforms(seed: int, key: int, sample: int, count: int) -> np.ndarray:
     """The numbers in (0, 1) that decide positions 0 .. count - 1 of one completion; float64 [count]."""
-    counter = np.random.Philox(key=[seed % 2**64, key % 2**64], counter=[0, sample, 0, 0])
+    counter = np.random.Philox(key=np.array([seed % 2**64, key % 2**64], dtype=np.uint64), counter=[0, sample, 0, 0])
     return (np.random.Generator(counter).integers(2**32, size=count) + 0.5) / 2**32
 
 
@@ -62,125 +64,172 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 class DecodeCache:
     """Keys and values for one token per row and step: prompts once per group, the rows' own tokens behind them.
 
-    Rows of a group are neighbours. All rows write the same column in a step, so a row admitted at column `start`
-    begins there and what lies before is masked. Prompt columns may have holes (see `prefill`), also masked.
+    Rows of a group are neighbours, in the order of admission. Keys are stored transposed, which the products with few
+    queries like better. Prompt columns may have holes (see `prefill`), which are masked.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.width = device, 0
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # by layer, [groups, kv_heads, P, head_dim]
-        self.own: list[tuple[Tensor, Tensor]] = []  # by layer, [rows, kv_heads, capacity, head_dim]
+        self.device = device
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # by layer, [groups, kv_heads, head_dim, P] and [.., P, head_dim]
         self.valid = torch.zeros(0, 0, dtype=torch.bool, device=device)  # prompt columns that count, [groups, P]
         self.counts: list[int] = []  # rows of each group
-        self.starts: list[int] = []  # first column of each row
         self.position = torch.zeros(0, dtype=torch.long, device=device)  # of the next token, [rows]
+        self.cohorts: list[_Cohort] = []  # the rows' own keys and values, oldest rows first
 
     def admit(self, prompts: Segment, counts: Sequence[int]) -> None:
         """Adds the prompts of a segment as groups, with counts[i] rows each."""
         layers = [prompts.all_keys(layer) for layer in range(len(prompts.keys))]
-        valid = prompts.valid(prompts.keys[0].shape[2])
-        if not self.prompt:
-            self.prompt = [tuple(t[:0] for t in pair) for pair in layers]
-            self.own = [tuple(t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in pair) for pair in layers]
-        rows = sum(counts)
-        self.prompt = [tuple(_stack(a, b) for a, b in zip(old, new)) for old, new in zip(self.prompt, layers)]
-        self.valid = _stack(self.valid[:, None, :, None], valid[:, None, :, None])[:, 0, :, 0]
-        self.own = [tuple(torch.cat((t, t.new_zeros(rows, *t.shape[1:]))) for t in pair) for pair in self.own]
+        old = self.prompt or [(k.mT[:0], v[:0]) for k, v in layers]
+        self.prompt = [(_stack(keys, k.mT, 3), _stack(values, v, 2)) for (keys, values), (k, v) in zip(old, layers)]
+        self.valid = _stack(self.valid, prompts.valid(prompts.keys[0].shape[2]), 1)
         self.position = torch.cat((self.position, torch.tensor(
             [end for end, count in zip(prompts.ends, counts) for _ in range(count)], device=self.device)))
         self.counts += counts
-        self.starts += [self.width] * rows
+        rows = sum(counts)
+        self.cohorts.append(_Cohort([(k.new_zeros(rows, *k.mT.shape[1:3], 0), v.new_zeros(rows, v.shape[1], 0, v.shape[3]))
+                                     for k, v in layers], [0] * rows))
+        while len(self.cohorts) > COHORTS:  # merge the neighbours that then have the fewest columns to mask
+            n = min(range(len(self.cohorts) - 1), key=lambda n: self.cohorts[n].masked_with(self.cohorts[n + 1]))
+            self.cohorts[n: n + 2] = [self.cohorts[n].merged(self.cohorts[n + 1])]
         self._index()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all other rows, groups without rows, and columns that no row uses."""
+        cohorts, first = [], 0
+        for cohort in self.cohorts:
+            its = [row - first for row in rows if first <= row < first + len(cohort.starts)]
+            first += len(cohort.starts)
+            if its:
+                cohorts.append(cohort if len(its) == len(cohort.starts) else cohort.kept(its))
+        self.cohorts = cohorts
         group_of = [group for group, count in enumerate(self.counts) for _ in range(count)]
-        counts = [0] * len(self.counts)
-        for row in rows:
-            counts[group_of[row]] += 1
+        counts = np.bincount([group_of[row] for row in rows], minlength=len(self.counts)).tolist()
         groups = [group for group, count in enumerate(counts) if count]
-        self.starts = [self.starts[row] for row in rows]
-        unused = min(self.starts, default=self.width)
-        self.starts = [start - unused for start in self.starts]
-        self.width -= unused
-        index, kept = (torch.tensor(i, dtype=torch.long, device=self.device) for i in (rows, groups))
-        self.own = [tuple(t[index, :, unused:] for t in pair) for pair in self.own]
-        self.position = self.position[index]
+        self.position = self.position[torch.tensor(rows, dtype=torch.long, device=self.device)]
         if len(groups) < len(self.counts):
+            kept = torch.tensor(groups, dtype=torch.long, device=self.device)
             self.valid = self.valid[kept]
             used = int(self.valid.any(0).nonzero().max()) + 1 if groups else 0
             self.valid = self.valid[:, :used]
-            self.prompt = [tuple(t[kept, :, :used] for t in pair) for pair in self.prompt]
+            self.prompt = [(keys[kept, :, :, :used], values[kept, :, :used]) for keys, values in self.prompt]
         self.counts = [counts[group] for group in groups]
         self._index()
 
     def _index(self) -> None:
-        """Where each row stands in the [groups, slots] layout of the product with the prompts, and the masks."""
-        slots = max(self.counts, default=0)
+        """Where each row stands in the [groups, slots] layout of the product with the prompts, and the prompts' mask."""
+        self.slots = max(self.counts, default=0)
         first = np.cumsum([0] + self.counts)
-        grid = [[first[g] + min(s, count - 1) for s in range(slots)] for g, count in enumerate(self.counts)]
-        place = [g * slots + s for g, count in enumerate(self.counts) for s in range(count)]
-        full = all(count == slots for count in self.counts)  # then the layout is the order of the rows
-        self.slots = None if full else torch.tensor(grid, device=self.device)
+        grid = [first[g] + min(s, count - 1) for g, count in enumerate(self.counts) for s in range(self.slots)]
+        place = [g * self.slots + s for g, count in enumerate(self.counts) for s in range(count)]
+        full = len(grid) == len(place)  # then the layout is the order of the rows
+        self.grid = None if full else torch.tensor(grid, device=self.device)
         self.place = None if full else torch.tensor(place, device=self.device)
-        self.prompt_mask = self.own_mask = None
-        if not bool(self.valid.all()):
-            self.prompt_mask = _mask(self.valid)[:, None, None]  # [groups, 1, 1, P]
-        if any(self.starts):
-            columns = torch.arange(max(self.starts), device=self.device)
-            self.own_mask = _mask(columns >= torch.tensor(self.starts, device=self.device)[:, None])[:, None, None]
+        self.mask = None if bool(self.valid.all()) else _mask(self.valid)[:, None, None]  # [groups, 1, 1, P]
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[rows, kv_heads, repeats, n] -> [groups, kv_heads, slots * repeats, n]"""
+        x = x if self.grid is None else x[self.grid]
+        return x.unflatten(0, (-1, self.slots)).transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """The inverse of `_by_group`."""
+        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.place is None else x[self.place]
 
     def positions(self, width: int) -> Tensor:
         """Opens the next column, and says at which position of its text each row's token stands: [rows, 1]."""
         assert width == 1, "a DecodeCache takes one token per row"
-        if self.width == self.own[0][0].shape[2]:
-            room = max(32, self.width // 2)
-            self.own = [tuple(torch.cat((t, t.new_zeros(*t.shape[:2], room, t.shape[3])), dim=2) for t in pair)
-                        for pair in self.own]
-        self.width += 1
+        for cohort in self.cohorts:
+            cohort.open_column()
         self.position = self.position + 1
         return self.position[:, None] - 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d]: one softmax over both parts."""
+        """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d].
+
+        The scores on the prompt come from one product per group, those on own tokens from one per row; one softmax
+        goes over both.
+        """
         rows, heads, _, d = q.shape
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
-        own_k[:, :, self.width - 1], own_v[:, :, self.width - 1] = k[:, :, 0], v[:, :, 0]
-        kv_heads, groups = k.shape[1], len(self.counts)
-        q = (q * d**-0.5).view(rows, kv_heads, heads // kv_heads, d)
-        own, own_total = _attend_part(q, own_k[:, :, : self.width], own_v[:, :, : self.width], self.own_mask)
-        grid = (q if self.slots is None else q[self.slots]).view(groups, -1, kv_heads, heads // kv_heads, d)
-        grid = grid.transpose(1, 2).reshape(groups, kv_heads, -1, d)  # all queries of a group on its one prompt
-        shared, total = _attend_part(grid, prompt_k, prompt_v, self.prompt_mask)
-        shared, total = (t.view(groups, kv_heads, -1, heads // kv_heads, t.shape[-1]).transpose(1, 2).flatten(0, 1)
-                         for t in (shared, total))
-        if self.place is not None:
-            shared, total = shared[self.place], total[self.place]
-        return torch.lerp(own, shared, torch.sigmoid(total - own_total).to(q.dtype)).reshape(rows, 1, heads * d)
+        keys, values = self.prompt[layer]
+        q = (q * d**-0.5).view(rows, k.shape[1], -1, d)  # [rows, kv_heads, repeats, d]
+        sizes = [len(cohort.starts) for cohort in self.cohorts]
+        parts = [cohort.scores(layer, *part) for cohort, *part in
+                 zip(self.cohorts, q.split(sizes), k.split(sizes), v.split(sizes))]
+        width = max(cohort.width for cohort in self.cohorts)
+        own = parts[0] if len(parts) == 1 else torch.cat(
+            [F.pad(part, (width - part.shape[-1], 0), value=float("-inf")) for part in parts])
+        shared = self._by_group(q) @ keys  # [groups, kv_heads, slots * repeats, P]
+        if self.mask is not None:
+            shared += self.mask
+        weights = torch.cat((shared, self._by_group(own)), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        shared, own = weights.split((keys.shape[-1], width), dim=-1)
+        own = [cohort.mean(layer, part) for cohort, part in zip(self.cohorts, self._by_row(own).split(sizes))]
+        return (self._by_row(shared @ values) + torch.cat(own)).reshape(rows, 1, heads * d)
 
 
-def _attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys, and the logarithm of its softmax denominator, [..., queries, d] and [..., 1].
+class _Cohort:
+    """Own keys and values of rows of similar age.
 
-    Two parts join as lerp(a, b, sigmoid(log_total_b - log_total_a)).
+    Its rows write the same column in a step; a row that is younger than the oldest has nothing in the first columns,
+    and these are masked. Rows of very different age are in different cohorts: a young one must not pay for columns
+    it does not have.
     """
-    scores = (q @ k.mT).float()
-    if mask is not None:
-        scores[..., : mask.shape[-1]] += mask
-    peak = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return (weights.to(v.dtype) @ v) / total.to(v.dtype), peak + total.log()
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], starts: Sequence[int], width: int = 0):
+        least = min(starts)
+        self.layers = [(k[..., least:], v[:, :, least:]) for k, v in layers]  # [rows, kv_heads, d, capacity], [.., d]
+        self.starts, self.width = [start - least for start in starts], width - least  # each row's first column; columns
+        self.mask = None
+        if any(self.starts):
+            device = layers[0][0].device
+            columns = torch.arange(max(self.starts), device=device)
+            self.mask = _mask(columns >= torch.tensor(self.starts, device=device)[:, None])[:, None, None]
+
+    def kept(self, rows: Sequence[int]) -> "_Cohort":
+        index = torch.tensor(rows, dtype=torch.long, device=self.layers[0][0].device)
+        return _Cohort([(k[index], v[index]) for k, v in self.layers], [self.starts[row] for row in rows], self.width)
+
+    def masked_with(self, younger: "_Cohort") -> int:
+        """How many columns would have to be masked in a union."""
+        return len(younger.starts) * (self.width - younger.width)
+
+    def merged(self, younger: "_Cohort") -> "_Cohort":
+        """The union; the younger rows' columns move to the right, so that the newest remains the last."""
+        shift, w = self.width - younger.width, younger.width
+        layers = [(torch.cat((a[..., : self.width], F.pad(c[..., :w], (shift, 0)))),
+                   torch.cat((b[:, :, : self.width], F.pad(e[:, :, :w], (0, 0, shift, 0)))))
+                  for (a, b), (c, e) in zip(self.layers, younger.layers)]
+        return _Cohort(layers, [*self.starts, *(start + shift for start in younger.starts)], self.width)
+
+    def open_column(self) -> None:
+        if self.width == self.layers[0][0].shape[-1]:
+            room = max(32, self.width // 2)
+            self.layers = [(F.pad(k, (0, room)), F.pad(v, (0, 0, 0, room))) for k, v in self.layers]
+        self.width += 1
+
+    def scores(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v [rows, kv_heads, 1, d] in the open column; [rows, kv_heads, repeats, width]."""
+        keys, values = self.layers[layer]
+        keys[..., self.width - 1], values[:, :, self.width - 1] = k[:, :, 0], v[:, :, 0]
+        scores = q @ keys[..., : self.width]
+        if self.mask is not None:
+            scores[..., : self.mask.shape[-1]] += self.mask
+        return scores
+
+    def mean(self, layer: int, weights: Tensor) -> Tensor:
+        """weights [rows, kv_heads, repeats, widest of all cohorts] -> [rows, kv_heads, repeats, d]"""
+        return weights[..., -self.width:] @ self.layers[layer][1][:, :, : self.width]
 
 
 def _mask(valid: Tensor) -> Tensor:
     return torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, float("-inf"))
 
 
-def _stack(a: Tensor, b: Tensor) -> Tensor:
-    """Concatenates [n, h, T, d] tensors of different T along n; new columns are zero."""
-    width = max(a.shape[2], b.shape[2])
-    return torch.cat([torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[2])) for t in (a, b)])
+def _stack(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Concatenates tensors of different size in `dim` along dimension 0; what is added is zero."""
+    width = max(a.shape[dim], b.shape[dim])
+    return torch.cat([F.pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, width - t.shape[dim]]) for t in (a, b)])
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -242,68 +291,65 @@ class _Batch:
         self.eos = torch.tensor(sorted(eos_ids), device=self.device)
         self.cache = DecodeCache(self.device)
         self.owners: list[tuple[int, int]] = []  # (prompt, sample) of each row
-        self.columns: list[tuple[Tensor, Tensor]] = []  # token and log-probability of each row, by column
-        self.uniform = torch.zeros(0, limit, dtype=torch.float64, device=self.device)  # [rows, limit]
-        self.length = torch.zeros(0, dtype=torch.long, device=self.device)  # of finished rows; 0 while running
-        self.age = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens sampled so far, [rows]
+        # By row and position; one column more than the limit, for what rows sample after they are done.
+        self.uniform = torch.zeros(0, limit + 1, dtype=torch.float64, device=self.device)
+        self.ids = torch.zeros(0, limit + 1, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(0, limit + 1, device=self.device)
+        self.token = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # the last of each row
+        self.age = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # tokens sampled so far
+        self.length = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # of rows that ended; 0 while running
 
     def admit(self, jobs, prompts, keys) -> None:
         """Computes the prompts of the jobs (prompt, first sample, samples) and samples each row's first token."""
         for indices, segment, hidden in prefill(self.model, [prompts[job[0]] for job in jobs], self.device):
             chosen = [jobs[i] for i in indices]
-            self.cache.admit(segment, [count for _, _, count in chosen])
+            counts = [count for _, _, count in chosen]
+            self.cache.admit(segment, counts)
             owners = [(prompt, first + s) for prompt, first, count in chosen for s in range(count)]
-            numbers = np.stack([uniforms(self.seed, keys[p], s, self.limit) for p, s in owners])
-            group = [g for g, (_, _, count) in enumerate(chosen) for _ in range(count)]
-            logits = self.model.logits(hidden)[torch.tensor(group, device=self.device)]
-            fresh = self._draw(logits, torch.from_numpy(numbers[:, 0]).to(self.device))
-            old = len(self.owners)
             self.owners += owners
+            numbers = np.stack([uniforms(self.seed, keys[p], s, self.limit + 1) for p, s in owners])
             self.uniform = torch.cat((self.uniform, torch.from_numpy(numbers).to(self.device)))
-            self.length = torch.cat((self.length, torch.isin(fresh[0], self.eos).long()))
-            self.age = torch.cat((self.age, torch.ones(len(owners), dtype=torch.long, device=self.device)))
-            columns = self.columns or [tuple(t[:0] for t in fresh)]
-            empty = [tuple(t.new_zeros(len(owners)) for t in fresh)] * (len(columns) - 1)
-            assert len(columns) == self.cache.width + 1 and len(columns[0][0]) == old
-            self.columns = [tuple(map(torch.cat, zip(a, b))) for a, b in zip(columns, [*empty, fresh])]
+            for name in ("ids", "logprobs", "token", "age", "length"):
+                setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, len(owners))))
+            groups = torch.tensor(np.repeat(np.arange(len(chosen)), counts), device=self.device)
+            self._sample(self.model.logits(hidden)[groups], slice(-len(owners), None))
 
-    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(logits, uniform, self.temperature)
+    def _sample(self, logits: Tensor, rows: slice) -> None:
+        """Draws and notes the next token of some rows."""
+        age = self.age[rows]
+        column = age.clamp(max=self.limit)
+        token, logprob = draw(logits, self.uniform[rows].gather(1, column)[:, 0], self.temperature)
+        token = token[:, None]
+        self.ids[rows].scatter_(1, column, token)
+        self.logprobs[rows].scatter_(1, column, logprob[:, None])
+        age += 1
+        self.token[rows] = token
+        length = self.length[rows]
+        length += age * (torch.isin(token, self.eos) & (length == 0))
 
     def step(self) -> None:
         """One more token for every row."""
-        hidden = self.model(self.columns[-1][0][:, None], self.cache)[:, 0]
-        uniform = self.uniform.gather(1, self.age.clamp_max(self.limit - 1)[:, None])[:, 0]
-        token, logprob = self._draw(self.model.logits(hidden), uniform)
-        self.columns.append((token, logprob))
-        self.age = self.age + 1
-        ended = torch.isin(token, self.eos) & (self.length == 0)
-        self.length = torch.where(ended, self.age, self.length)
+        self._sample(self.model.logits(self.model(self.token, self.cache)[:, 0]), slice(None))
 
     def harvest(self) -> list[tuple[int, int, Completion]]:
-        """Takes out the rows that are done: (prompt, sample, Completion). The only synchronisation with the host."""
-        length, age = self.length.tolist(), self.age.tolist()
+        """Takes out the rows that are done, if they are many: (prompt, sample, Completion). It waits for the device."""
+        length, age = self.length[:, 0].tolist(), self.age[:, 0].tolist()
         done = [row for row in range(len(age)) if 0 < length[row] <= self.limit or age[row] >= self.limit]
-        if not done:
+        if len(done) < max(1, ROOM * len(age)):
             return []
         index = torch.tensor(done, device=self.device)
-        ids, logprobs = (torch.stack(part, dim=1)[index].tolist() for part in zip(*self.columns))
         out = []
-        for row, its_ids, its_logprobs in zip(done, ids, logprobs):
+        for row, ids, logprobs in zip(done, self.ids[index].tolist(), self.logprobs[index].tolist()):
             finished = 0 < length[row] <= self.limit
-            span = slice(self.cache.starts[row], self.cache.starts[row] + (length[row] if finished else self.limit))
-            out.append((*self.owners[row], Completion(its_ids[span], its_logprobs[span], finished)))
-        gone = set(done)
-        self.keep([row for row in range(len(age)) if row not in gone])
-        return out
-
-    def keep(self, rows: list[int]) -> None:
-        before = self.cache.width
+            end = length[row] if finished else self.limit
+            out.append((*self.owners[row], Completion(ids[:end], logprobs[:end], finished)))
+        rows = sorted(set(range(len(age))) - set(done))
         self.cache.keep(rows)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        self.columns = [tuple(t[index] for t in pair) for pair in self.columns[before - self.cache.width:]]
-        self.uniform, self.length, self.age = self.uniform[index], self.length[index], self.age[index]
+        for name in ("uniform", "ids", "logprobs", "token", "age", "length"):
+            setattr(self, name, getattr(self, name)[index])
         self.owners = [self.owners[row] for row in rows]
+        return out
 
 
 @torch.no_grad()
@@ -318,9 +364,10 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, samples: i
     receives seconds and tokens of prefill and decoding. Raises ValueError for an empty prompt or an unusable limit.
     """
     keys = list(range(len(prompts))) if keys is None else list(keys)
-    max_rows = max_rows or max(1, len(prompts) * samples)
-    if len(keys) != len(prompts) or not all(prompts) or min(samples, max_new_tokens) < 1 or temperature < 0:
-        raise ValueError("generate needs non-empty prompts, one key each, samples and max_new_tokens >= 1, temperature >= 0")
+    max_rows = max(1, len(prompts) * samples) if max_rows is None else max_rows
+    if len(keys) != len(prompts) or not all(prompts) or min(samples, max_new_tokens, max_rows) < 1 or not 0 <= temperature < np.inf:
+        raise ValueError("generate needs non-empty prompts, one key each, samples, max_new_tokens and max_rows >= 1, "
+                         "and a finite temperature >= 0")
     waiting = deque(sorted(((i, first, min(max_rows, samples - first)) for i in range(len(prompts))
                             for first in range(0, samples, max_rows)), key=lambda job: -len(prompts[job[0]])))
     results: list[list] = [[None] * samples for _ in prompts]

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -36,8 +35,8 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
-from model import DTYPES, ModelConfig, Transformer, load_weights, read_config, resolve, save_pretrained
-from reward import REWARDS
+from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
+from reward import REWARDS, extract_prediction
 from rpt import Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
@@ -77,7 +76,19 @@ class Run:
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
     show: int = option(0, "print this many rollouts of every step")
-    plan: bool = option(False, "print memory and time for --processes and stop")
+    plan: bool = option(False, "print what the run would take, without hardware, and stop")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What --plan assumes about the machine and the text."""
+
+    processes: int = option(0, "accelerators; 0: 1, 8 and 64")
+    memory: int = option(0, "GB of each; 0: 80 and 192")
+    tflops: float = option(400.0, "sustained TFLOP/s of each in matrix products")
+    bandwidth: float = option(2000.0, "sustained GB/s of each one's memory")
+    prompt_tokens: int = option(600, "mean length of a prompt")
+    response_tokens: int = option(900, "mean length of a response")
 
 
 RECIPES: dict[str, dict] = {
@@ -92,7 +103,7 @@ TOY_MODEL = dict(model_type="qwen2", hidden_size=64, intermediate_size=192, num_
                  num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
 
 
-def parse(argv: list[str] | None = None) -> tuple[Run, Method]:
+def parse(argv: list[str] | None = None) -> tuple[Run, Method, Plan]:
     """The command line: one option per field of Run and Method, with the recipe's values as defaults."""
     pick = argparse.ArgumentParser(add_help=False)
     pick.add_argument("--recipe", default="toy")
@@ -101,8 +112,9 @@ def parse(argv: list[str] | None = None) -> tuple[Run, Method]:
     recipe |= STAGES.get(pick.parse_known_args(argv)[0].stage, {})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    for kind in (Run, Method):
-        group = parser.add_argument_group("the run" if kind is Run else "the method")
+    kinds = {Run: "the run", Method: "the method", Plan: "what --plan assumes"}
+    for kind, title in kinds.items():
+        group = parser.add_argument_group(title)
         for field in dataclasses.fields(kind):
             default = recipe.get(field.name, field.default)
             how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
@@ -111,11 +123,11 @@ def parse(argv: list[str] | None = None) -> tuple[Run, Method]:
             group.add_argument("--" + field.name.replace("_", "-"), default=default, **how,
                                help=f"{field.metadata['help']} ({default!r})".replace("%", "%%"))
     values = vars(parser.parse_args(argv))
-    run, method = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in (Run, Method))
+    run, method, machine = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds)
     problem = check(run, method)
     if problem:
         parser.error(problem)
-    return run, method
+    return run, method, machine
 
 
 def check(run: Run, method: Method) -> str | None:
@@ -251,6 +263,13 @@ class RunFolder:
             write_json(file, settings)
         return None
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        if self.rank == 0:
+            self._lock.close()
+
     def log(self, name: str, rows: list[dict]) -> None:
         """Appends rows to a log (first process only)."""
         if self.rank == 0 and rows:
@@ -366,7 +385,7 @@ def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer) -> list[d
              "prediction": None if p is None else text(p), "advantage": advantage, "finished": c.finished,
              "tokens": len(c.ids)}
             for g in groups for r, p, reward, advantage, c in
-            zip(g.responses, map(data.extract_prediction, g.responses), g.rewards, g.advantages, g.completions)]
+            zip(g.responses, map(extract_prediction, g.responses), g.rewards, g.advantages, g.completions)]
     return sorted((row for part in all_gather(rows) for row in part), key=lambda row: row["question"])
 
 
@@ -446,11 +465,11 @@ def ntp_stage(run: Run, method: Method, device: torch.device, runs: list[list[in
     texts = texts if any(len(ids) > 1 for ids in texts) else []
     if not texts:
         raise ValueError(f"{run.corpus}: no document is left to train on beside {run.holdout} held-out ones")
-    folder = RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep)
-    model = build(source, run, device)
-    train(run, method, model, tokenizer, folder,
-          lambda step, optimizers: ([], ntp_step(model, optimizers, [texts[i] for i in pick(step)], method)))
-    export(model, tokenizer, Path(run.out) / "model")
+    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
+        model = build(source, run, device)
+        train(run, method, model, tokenizer, folder,
+              lambda step, optimizers: ([], ntp_step(model, optimizers, [texts[i] for i in pick(step)], method)))
+        export(model, tokenizer, Path(run.out) / "model")
     return model
 
 
@@ -469,15 +488,18 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
             tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout, selector=run.selector,
             value=run.select, min_context=run.min_context, part=run.part, seed=run.seed, window=method.max_prompt,
             device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0], gather=all_gather)
-    folder = RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep)
     say(table)
-    model = build(source, run, device)
-    held = evaluation.subset(held, run.eval_questions, run.seed)
-    train(run, method, model, tokenizer, folder, lambda step, optimizers: rpt_step(
-        model, tokenizer, optimizers, lambda s, retry: [questions[n] for n in data.draw(len(questions), run.seed, s, retry, method.questions)],
-        step, method, REWARDS[run.reward], run.seed),
-        lambda: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
-    export(model, tokenizer, Path(run.out) / "model")
+    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
+        model = build(source, run, device)
+        held = evaluation.subset(held, run.eval_questions, run.seed)
+
+        def draw(step: int, retry: int) -> list[Question]:
+            return [questions[n] for n in data.draw(len(questions), run.seed, step, retry, method.questions)]
+
+        train(run, method, model, tokenizer, folder,
+              lambda step, optimizers: rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed),
+              lambda: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
+        export(model, tokenizer, Path(run.out) / "model")
     return model, tokenizer, held
 
 
@@ -510,13 +532,94 @@ def toy(run: Run, method: Method, device: torch.device) -> None:
     say(evaluation.table({"base": before, "RPT": after}))
 
 
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def local_numel(config: ModelConfig, run: Run, processes: int) -> tuple[int, int, int]:
+    """Weights of the whole model, of process 0's shard, and of the largest group gathered at once.
+
+    Counted on the meta device with a process group that only pretends to communicate.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    with torch.device("meta"):
+        model = Transformer(config)
+    whole = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = whole - blocks * config.num_hidden_layers
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    shard(model, run, "cpu")
+    mine = sum(p.to_local().numel() for p in model.parameters())
+    dist.destroy_process_group()
+    return whole, mine, root + 2 * blocks  # the root stays, and one block is fetched while another computes
+
+
+def plan(run: Run, method: Method, machine: Plan) -> str:
+    """Bytes of each process, work and time of a step, and what to change where it does not fit."""
+    path = Path(run.model)
+    c = read_config(path if path.is_dir() else resolve(run.model))
+    lines = [f"{c.model_type}, {c.num_hidden_layers} layers, hidden {c.hidden_size}; {method.questions} questions x "
+             f"{method.group_size} responses; prompts of {machine.prompt_tokens}, responses of {machine.response_tokens} tokens "
+             f"on average; {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s"]
+    for processes in [machine.processes] if machine.processes else [1, 8, 64]:
+        for memory in [machine.memory] if machine.memory else [80, 192]:
+            lines += _plan_one(run, method, machine, c, processes, memory)
+    return "\n".join(lines)
+
+
+def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes: int, memory: int) -> list[str]:
+    width, gb = DTYPES[run.dtype].itemsize, 1e9
+    whole, mine, gathered = local_numel(c, run, processes)
+    kv_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
+    tokens = method.micro_tokens
+    inner = tokens * (6 * c.hidden_size + 2 * c.num_attention_heads * c.head_dim + 4 * c.intermediate_size) * width
+    kept = tokens * c.hidden_size * width + tokens * kv_token / c.num_hidden_layers if run.checkpoint_activations else inner
+    parts = {
+        "master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "rollout weights": width * whole,
+        "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
+        "logits and head gradient": 4 * (4 * 2**24 + c.vocab_size * c.hidden_size)}
+    fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
+    train_bytes = sum(parts.values()) - parts["rollout weights"]
+    free = 0.92 * memory * gb - fixed
+    rows = min(method.max_rows, -(-method.questions * method.group_size // processes))
+    worst = rows * method.max_response + -(-rows // method.group_size) * method.max_prompt
+    cache = min(worst, method.cache_tokens or worst)
+    out = [f"\n{processes} x {memory} GB, GB per process: " + ", ".join(f"{k} {v / gb:.1f}" for k, v in parts.items())]
+    out.append(f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} ({cache:,} tokens); "
+               f"training {train_bytes / gb:.1f}")
+    if free < kv_token * (method.max_prompt + method.max_response):
+        out.append("  DOES NOT FIT: " + ("the gathered weights alone are too large for the rollout" if width * whole > memory * gb
+                                         else "weights and optimizer leave no room for a KV cache")
+                   + ": more processes" + ("" if memory >= 192 else ", accelerators with more memory") + ", or a smaller model")
+    elif cache * kv_token > free:
+        out.append(f"  DOES NOT FIT as it is: --cache-tokens {int(free / kv_token) // 1000 * 1000} makes the rollout fit")
+    if train_bytes > 0.92 * memory * gb:
+        less = max(1024, int(tokens * (0.92 * memory * gb - train_bytes + parts["activations"]) / parts["activations"]))
+        fits = train_bytes - parts["activations"] * (1 - less / tokens) < 0.92 * memory * gb
+        out.append("  DOES NOT FIT: training needs " + (f"--micro-tokens {less // 1024 * 1024}" if fits else
+                   ("" if run.checkpoint_activations else "--checkpoint-activations or ") + "more processes"))
+    share = method.questions / processes
+    prompt, response, group = machine.prompt_tokens, machine.response_tokens, method.group_size
+    prefill = share * forward_flops(c, prompt, prompt / 2)
+    decode = share * group * forward_flops(c, response, prompt + response / 2)
+    learn = (4 if run.checkpoint_activations else 3) * method.updates * (prefill + decode)
+    live = max(1, min(rows, cache // (response + prompt // group + 1)))
+    steps = share * group * response / live
+    read = steps * (width * whole + live * kv_token * (prompt / group + response / 2))
+    seconds = [prefill / machine.tflops / 1e12, max(decode / machine.tflops / 1e12, read / machine.bandwidth / 1e9),
+               learn / machine.tflops / 1e12]
+    out.append(f"  a step: {method.questions * (prompt + group * response):,} tokens, {processes * (prefill + decode + learn):.2e} "
+               f"FLOP; about {sum(seconds):,.0f} s (prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a "
+               f"time, training {seconds[2]:,.0f} if every group is informative)")
+    return out
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    run, method = parse(argv)
+    run, method, machine = parse(argv)
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
         if run.plan:
-            return print(plan(run, method))
+            return print(plan(run, method, machine))
         device = start(run)
         if not run.model:
             toy(run, method, device)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -11,6 +12,7 @@ from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {str(ROOT / f"{name}.py") for name in ("model", "sampler", "reward", "data", "rpt", "train", "eval")}
+TORCH = str(Path(torch.__file__).parent)
 TINY = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 1000.0}
 
@@ -26,27 +28,35 @@ def tiny(model_type: str = "qwen2", seed: int = 0, **overrides) -> Transformer:
     return model
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matrices this small, waiting for a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class ExplicitDevices(TorchFunctionMode):
     """Raises where one of our files makes a tensor without saying on which device.
 
     A call counts as ours if our file is the nearest caller outside of torch. Backward passes are watched too.
     """
 
-    FACTORIES = _device_constructors() - {torch.as_tensor, torch.asarray}  # these take the device of what they are given
+    FACTORIES = _device_constructors()  # torch.zeros, tensor, arange, rand, as_tensor, ...: what `torch.device` redirects
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in self.FACTORIES and kwargs.get("device") is None:
             frame = sys._getframe(1)
-            while frame.f_code.co_filename == __file__ or f"{torch.__name__}/" in frame.f_code.co_filename:
+            while frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(TORCH):
                 frame = frame.f_back
             if frame.f_code.co_filename in OURS:
                 raise AssertionError(f"{frame.f_code.co_filename}:{frame.f_lineno}: torch.{func.__name__} without device=")
-        if func is torch.Tensor.backward:
-            # torch leaves the mode for the time of the call: enter it again with the first gradient, on the same thread.
-            args[0].register_hook(lambda gradient: self.__enter__() and None)
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.__exit__(None, None, None)
+        if func is torch.Tensor.backward:  # would run the engine without this mode, so it is entered again around it
+            assert kwargs.get("gradient") is None and args[0].ndim == 0
+            with self:
+                return torch.autograd.Variable._execution_engine.run_backward(
+                    args, (torch.ones_like(args[0]),), bool(kwargs.get("retain_graph")), False, (),
+                    allow_unreachable=True, accumulate_grad=True)
         return func(*args, **kwargs)
