@@ -181,6 +181,12 @@ class Tokenizer:
         return ids
 
 
+    def thought_ids(self, thought: bytes) -> list[int]:
+        """A thought, its end, and the opening of the answer behind it."""
+        end = [self.special["</think>"]] if "</think>" in self.special else self.encode("</think>")
+        return self.encode(thought.decode(errors="replace")) + end + self.encode("\n\n\\boxed{")
+
+
 # ---------------------------------------------------------------------------------------------- corpora
 
 
@@ -616,7 +622,8 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
             continue
         steps = len(story.swaps)
         if kind < 0.7:
-            prompt, space = tokenizer.chat(f"{story.problem}{TOY_QUESTION}"), ""
+            options = "".join(f"\n({cup}) {cup}" for cup in story.cups) if effort < 0.3 else ""  # multiple choice
+            prompt, space = tokenizer.chat(f"{story.problem}{TOY_QUESTION}{options}"), ""
         else:
             context = tokenizer.encode(story.text[:-3])
             prompt, space = tokenizer.chat(TEMPLATES["toy"], context), " "

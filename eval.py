@@ -13,16 +13,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import torch
 
 from data import Question, Tokenizer, prompt_ids, question_sets, read_corpus
 from model import DTYPES, Transformer, load_pretrained, resolve
-from reward import extract_prediction, prefix_match
-from rpt import Method, all_gather, rank_and_world, unsharded
-from sampler import generate, pad
+from reward import answer_match, extract_prediction, prefix_match
+from rpt import Group, Method, all_gather, completion_logprobs, rank_and_world, unsharded
+from sampler import Completion, generate, pad
 
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
 
@@ -74,10 +76,58 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
         said = [extract_prediction(tokenizer.bytes_of(c.ids[:-1])) if c.finished else None for c in group]
         records.append({
             "question": n, "document": question.document, "entropy": question.entropy,
-            "standard": float(token == question.truth[0]), "reasoning": [prefix_match(p, question.truth) for p in said],
-            "vote": prefix_match(majority_vote(said), question.truth), "parsed": [float(p is not None) for p in said],
+            "standard": float(token in question.truth[:1]), "reasoning": [score(p, question) for p in said],
+            "vote": score(majority_vote(said), question), "parsed": [float(p is not None) for p in said],
             "length": [len(c.ids) for c in group]})
     return sorted((record for part in all_gather(records) for record in part), key=lambda record: record["question"])
+
+
+def score(prediction: bytes | None, question: Question) -> float:
+    """1 if a prediction is right: an exact prefix of the truth, or the answer of a question that has one."""
+    return prefix_match(prediction, question.truth) if question.answer is None else answer_match(prediction, question.answer)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question."""
+
+    question: str
+    options: tuple[str, ...]
+    answer: int  # index of the right option
+
+    @property
+    def prompt(self) -> str:
+        return self.question + "\n" + "\n".join(f"({letter}) {text}" for letter, text in zip(ascii_uppercase, self.options))
+
+
+def read_choices(file: Path) -> list[Choice]:
+    """Rows of MMLU-Pro's format: question, options, answer_index."""
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    return [Choice(row["question"], tuple(row["options"]), row["answer_index"]) for row in rows]
+
+
+@torch.no_grad()
+def option_likelihoods(model: Transformer, prompt: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
+    """log P(option | prompt) in nats for each option (token ids); the prompt is computed once."""
+    completions = [Completion(list(ids), [0.0] * len(ids), True) for ids in options]
+    group = Group((0, 0), Question((), (), 0, 0), list(prompt), completions, [], [], [])
+    logprobs, _ = completion_logprobs(model, [(group, list(range(len(options))))], temperature=1.0)
+    return [part.sum().item() for part in logprobs.split([len(ids) for ids in options])]
+
+
+def multiple_choice(model: Transformer, tokenizer: Tokenizer, choices: Sequence[Choice], method: Method,
+                    seed: int = 0) -> list[dict]:
+    """Zero-shot (paper, table 3): `standard`, the likeliest letter behind "Answer:"; `reasoning`, the boxed letter."""
+    letters = [tokenizer.encode(f" {letter}") for letter in ascii_uppercase]
+    questions = [Question(tuple(tokenizer.encode(c.prompt)), (), n, 0, answer=ascii_uppercase[c.answer])
+                 for n, c in enumerate(choices)]
+    records = evaluate(model, tokenizer, questions, replace(method, template="plain"), seed=seed)
+    with unsharded(model):
+        for record, choice in zip(records, choices):
+            prompt = tokenizer.bos + tokenizer.encode(choice.prompt + "\nAnswer:")
+            scores = option_likelihoods(model, prompt, letters[: len(choice.options)])
+            record["standard"] = float(int(np.argmax(scores)) == choice.answer)
+    return records
 
 
 def summary(records: Sequence[dict]) -> dict:
@@ -134,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"), ("seed", int, None, "of everything"),
             ("min-context", int, None, "tokens before a question"), ("part", str, None, "all, or solution"),
             ("dtype", str, None, "of the computation"), ("device", str, "cpu", "cpu or cuda"),
-            ("out", str, None, "file for the records, one JSON object a line")):
+            ("out", str, None, "file for the records, one JSON object a line"),
+            ("cache", str, None, "folder for entropies; by default the run's, else runs/cache")):
         parser.add_argument("--" + name, type=kind, default=default, help=f"{text} ({default})")
     args = parser.parse_args(argv)
     try:
@@ -159,7 +210,7 @@ def report(args: argparse.Namespace) -> str:
     source, device, dtype = resolve(place), torch.device(args.device), DTYPES[chosen["dtype"]]
     tokenizer = Tokenizer.from_dir(source)
     _, held, _ = question_sets(
-        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], Path(args.directory) / "cache",
+        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], Path(args.cache or (Path(args.directory) / "cache" if settings else "runs/cache")),
         holdout=chosen["holdout"], selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
         seed=chosen["seed"], window=chosen["max_prompt"], device=device, dtype=dtype)
     method = Method(template=chosen["template"], temperature=chosen["temperature"], max_prompt=chosen["max_prompt"],

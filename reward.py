@@ -173,6 +173,7 @@ class Question(Protocol):
 class Policy(Protocol):
     def tokens(self, prediction: bytes) -> list[bytes]: ...
     def probability(self, question: Question, token: bytes) -> float: ...
+    def gain(self, responses: Sequence[bytes], question: Question) -> list[float]: ...
 
 
 # The rewards by name: what the trainer calls, once per group. responses are the bytes of the group's completions; one
@@ -206,6 +207,11 @@ def format_only(responses: Sequence[bytes], question: Question, policy: Policy) 
     return [float(bool(extract_prediction(response))) for response in responses]
 
 
+def information_gain(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """RLP (arXiv 2510.01265): by how many nats the thought raises the next token's log-probability."""
+    return policy.gain(responses, question)
+
+
 REWARDS: dict[str, Callable[[Sequence[bytes], Question, Policy], list[float]]] = {
     "prefix": prefix,
     "first-token": first_token,
@@ -213,4 +219,5 @@ REWARDS: dict[str, Callable[[Sequence[bytes], Question, Policy], list[float]]] =
     "conditional-dense": conditional_dense,
     "answer": answer,
     "format": format_only,
+    "gain": information_gain,
 }

@@ -30,10 +30,11 @@ from torch.distributed.tensor import DTensor
 from data import Question, Tokenizer, prompt_ids
 from model import Segment, Transformer, forward_flops
 from reward import extract_prediction
-from sampler import Completion, generate, pad
+from sampler import Completion, generate, pad, uniforms
 
 STD_EPSILON = 1e-6  # added to a group's standard deviation; groups without any are exactly zero before it matters
 LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
+EASY = 2**40  # stands for the number of a sample where randomness is needed for a whole group
 HEAD_CHUNK = 2**24  # logits held at a time by token_logprobs: 64 MiB of float32
 
 
@@ -61,6 +62,10 @@ class Method:
     dynamic_from: int = option(-1, "from this step on resample questions whose responses are all right or all wrong; "
                                    "-1: never")
     max_refills: int = option(4, "how often dynamic sampling draws again for one step")
+    keep_easy: bool = option(True, "train on every informative group; no: keep one of pass rate p with probability "
+                                   "1 - 1.2 (p - 0.25) (arXiv 2608.23256)")
+    ntp_weight: float = option(0.0, "weight of a next-token loss on the questions' contexts (RMT, arXiv 2509.24375: 0.1)")
+    average_decay: float = option(0.999, "decay of the averaged policy that reward `gain` compares with (RLP, 2510.01265)")
     grad_clip: float = option(1.0, "largest gradient norm")
     micro_tokens: int = option(16384, "tokens, padding included, of one forward and backward pass")
     max_rows: int = option(256, "responses decoded at a time by one process")
@@ -78,30 +83,55 @@ class Group:
     responses: list[bytes]  # without the end token
     rewards: list[float]
     advantages: list[float]
+    kept: bool = True  # False: left out of training by `keep_easy`
 
     @property
     def informative(self) -> bool:
         """Not all rewards are equal: the group has a gradient."""
-        return any(reward != self.rewards[0] for reward in self.rewards)
+        return self.kept and any(reward != self.rewards[0] for reward in self.rewards)
 
 
 class Policy:
-    """What a reward may ask of the model that is being trained (paper, appendix A)."""
+    """What a reward may ask of the model that is being trained, and of the running average of its past."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_context: int):
-        self.model, self.tokenizer, self.max_context = model, tokenizer, max_context
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, method: Method, average: Transformer | None = None):
+        self.model, self.tokenizer, self.method, self.average = model, tokenizer, method, average
         self.tokens = tokenizer.tokens
-        self._last: tuple[int, dict[bytes, float]] = (-1, {})
+        self._seen: tuple[Question | None, dict[bool, Tensor]] = (None, {})
 
     @torch.no_grad()
+    def _next(self, model: Transformer, runs: Sequence[Sequence[int]]) -> Tensor:
+        """Probabilities [n, vocabulary] of the token after each run."""
+        device = model.head.device
+        last = torch.tensor([len(run) - 1 for run in runs], device=device)
+        return model.logits(model(pad(runs, device))[torch.arange(len(runs), device=device), last]).softmax(-1)
+
+    def _plain(self, question: Question, average: bool = False) -> Tensor:
+        """Next-token probabilities [vocabulary] behind the context, kept while the question stays the same."""
+        if self._seen[0] is not question:
+            self._seen = (question, {})
+        if average not in self._seen[1]:
+            context = [*self.tokenizer.bos, *question.context[-self.method.max_prompt:]]
+            self._seen[1][average] = self._next(self.average if average else self.model, [context])[0]
+        return self._seen[1][average]
+
     def probability(self, question: Question, token: bytes) -> float:
-        """P(token | context) of plain next-token prediction; 0 for bytes that are no single token."""
-        if self._last[0] != id(question):
-            ids = [*self.tokenizer.bos, *question.context[-self.max_context:]]
-            probabilities = self.model.logits(self.model(torch.tensor([ids], device=self.model.head.device))[:, -1]).softmax(-1)
-            self._last = (id(question), probabilities[0].tolist())
-        ids = self.tokenizer.ids_of_token(token)
-        return sum(self._last[1][i] for i in ids)
+        """P(token | context) by plain next-token prediction; 0 for bytes that are no single token (paper, appendix A)."""
+        return float(self._plain(question)[self.tokenizer.ids_of_token(token)].sum())
+
+    def gain(self, responses: Sequence[bytes], question: Question) -> list[float]:
+        """RLP's reward (arXiv 2510.01265): log P(next token | context, thought) - log P(next token | context), in nats.
+
+        The first is the policy's, with \\boxed{ opened behind the thought; the second is the averaged policy's plain
+        prediction. A response that does not end its thought gains nothing.
+        """
+        prompt = prompt_ids(self.tokenizer, question, self.method.template, self.method.max_prompt)
+        ended = [b"</think>" in response for response in responses]
+        runs = [prompt + self.tokenizer.thought_ids(response.split(b"</think>")[0]) for response in responses]
+        ids = self.tokenizer.ids_of_token(question.truth[0])
+        thoughtful = self._next(self.model, runs)[:, ids].sum(-1).log()
+        plain = self._plain(question, average=True)[ids].sum().log()
+        return [float(gain) if end else 0.0 for gain, end in zip(thoughtful - plain, ended)]
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -236,7 +266,7 @@ def unsharded(model: Transformer) -> Iterator[None]:
 
 def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[tuple[int, int], Question]],
             method: Method, reward: Callable, seed: int, step: int, timing: dict | None = None,
-            progress: bool = False) -> list[Group]:
+            progress: bool = False, average: Transformer | None = None) -> list[Group]:
     """Samples and rewards G responses to each numbered question; no process waits for another here.
 
     An unfinished response is given to the reward as b"": what was not said in time earns nothing.
@@ -246,12 +276,14 @@ def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[
         model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
         eos_ids=tokenizer.eos_ids, seed=seed, keys=[step << 40 | draw << 32 | n for (draw, n), _ in questions],
         max_rows=method.max_rows, timing=timing, progress=progress)
-    policy, groups = Policy(model, tokenizer, method.max_prompt), []
+    policy, groups = Policy(model, tokenizer, method, average), []
     for (number, question), prompt, group in zip(questions, prompts, completions):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         rewards = reward([r if c.finished else b"" for r, c in zip(responses, group)], question, policy)
         advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64, device="cpu"), method.scale_by_std)[0].tolist()
-        groups.append(Group(number, question, prompt, group, responses, rewards, advantages))
+        luck, rate = uniforms(seed, step << 40 | number[0] << 32 | number[1], EASY, 1)[0], sum(r >= 1 for r in rewards) / len(rewards)
+        groups.append(Group(number, question, prompt, group, responses, rewards, advantages,
+                            method.keep_easy or luck < 1 - 1.2 * (rate - 0.25)))
     return groups
 
 
@@ -325,22 +357,37 @@ def _ntp_pass(model: Transformer, runs: Sequence[Sequence[int]], weight: float) 
     return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "trained_tokens": len(logprobs)}
 
 
-def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
-             passes: Sequence[Callable[[], dict[str, float]]], idle: Callable[[], object],
+def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method, weight: float) -> tuple[list, Callable]:
+    """Passes over runs, batched by the token budget, and an idle one."""
+    batches: list[list] = [[]]
+    for run in sorted(runs, key=len):
+        if batches[-1] and (len(batches[-1]) + 1) * len(run) > method.micro_tokens:
+            batches.append([])
+        batches[-1].append(run)
+    passes = [functools.partial(_ntp_pass, model, batch, weight) for batch in batches if batch]
+    return passes, functools.partial(_ntp_pass, model, [[0, 0]], 0.0)
+
+
+Pass = Callable[[], dict[str, float]]  # adds a gradient, returns sums over its tokens
+
+
+def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], work: Sequence[tuple[Sequence[Pass], Pass]],
              grad_clip: float) -> dict[str, float] | None:
     """One optimizer step on the gradients that everyone's passes add; sums of what they return, over all processes.
 
-    Every process makes as many passes as the busiest one, `idle` ones (zero weight) where it has none, because a pass
-    gathers shards from all. None, and the weights as they were, if the loss or the gradient is not finite: the sums
+    work: for each kind of pass this process's own, and an idle one of zero weight. Every process makes as many passes
+    of a kind as the busiest one, because a pass gathers shards from all. None, and the weights as they were, if the loss or the gradient is not finite: the sums
     are the same everywhere, so all processes decide alike.
     """
     device = model.head.device
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    most = int(all_sum([len(passes)], device, "MAX")[0])  # agreed on before anyone begins
-    parts = [one() for one in passes]
-    for _ in range(most - len(passes)):
-        idle()
+    most = all_sum([len(passes) for passes, _ in work], device, "MAX")  # agreed on before anyone begins
+    parts = []
+    for (passes, idle), count in zip(work, most):
+        parts += [one() for one in passes]
+        for _ in range(int(count) - len(passes)):
+            idle()
     keys = ("loss", "entropy", "logprob_diff", "trained_tokens")
     sums = dict(zip(keys, all_sum([sum(part.get(key, 0.0) for part in parts) for key in keys], device)))
     largest = all_sum([max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)], device, "MAX")[0]
@@ -372,10 +419,14 @@ def update(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], grou
          sum(not math.isfinite(sum(c.logprobs)) for c in completions)], device)
     passes = [functools.partial(_policy_pass, model, batch, method, tokens, sequences)
               for batch in micro_batches(mine, method.micro_tokens)]
-    idle = functools.partial(_policy_pass, model, [(IDLE, [0])], method, tokens, sequences)
+    work = [(passes, functools.partial(_policy_pass, model, [(IDLE, [0])], method, tokens, sequences))]
+    if method.ntp_weight:  # RMT: the tokens that no question is about are still learned by prediction
+        runs = [group.question.context for group in groups if len(group.question.context) > 1]
+        total = all_sum([sum(len(run) - 1 for run in runs)], device)[0]
+        work.append(_ntp_work(model, runs, method, method.ntp_weight / max(total, 1)))
     out: dict[str, float] | None = {}
-    for _ in range(method.updates if informative and not broken else 0):
-        out = optimize(model, optimizers, passes, idle, method.grad_clip)
+    for _ in range(method.updates if (informative or method.ntp_weight) and not broken else 0):
+        out = optimize(model, optimizers, work, method.grad_clip)
         if out is None:
             break
     failed = out is None or broken > 0
@@ -390,14 +441,7 @@ def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], ru
     """
     (rank, world), begin = rank_and_world(), time.perf_counter()
     weight = 1 / max(1, sum(len(run) - 1 for run in runs))
-    mine = sorted(runs[rank::world], key=len)
-    batches: list[list] = [[]]
-    for run in mine:
-        if batches[-1] and (len(batches[-1]) + 1) * len(run) > method.micro_tokens:
-            batches.append([])
-        batches[-1].append(run)
-    passes = [functools.partial(_ntp_pass, model, batch, weight) for batch in batches if batch]
-    out = optimize(model, optimizers, passes, functools.partial(_ntp_pass, model, [[0, 0]], 0.0), method.grad_clip)
+    out = optimize(model, optimizers, [_ntp_work(model, runs[rank::world], method, weight)], method.grad_clip)
     seconds, width = time.perf_counter() - begin, sum(map(len, runs)) / len(runs)
     flops = 3 * forward_flops(model.config, sum(map(len, runs)), width / 2)
     return (out or {}) | {"skipped": float(out is None), "flops": flops, "time": {
@@ -406,7 +450,7 @@ def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], ru
 
 def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torch.optim.Optimizer],
              draw: Callable[[int, int], Sequence[Question]], step: int, method: Method, reward: Callable, seed: int,
-             progress: bool = False) -> tuple[list[Group], dict]:
+             progress: bool = False, average: Transformer | None = None) -> tuple[list[Group], dict]:
     """One step of RPT. draw(step, retry) gives the same questions on every process.
 
     Returns this process's groups and the metrics of all. Dynamic sampling (DAPO; the paper from step 500) keeps only
@@ -421,13 +465,13 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
         return sum(forward_flops(model.config, p, p / 2) + forward_flops(model.config, n, p + n / method.group_size / 2)
                    for p, n in sizes)
 
-    with unsharded(model):
+    with unsharded(model), unsharded(average) if average else contextlib.nullcontext():
         for retry in range(1 + dynamic * method.max_refills):
             questions = draw(step, retry)
             drawn += len(questions)
             mine = [((retry, n), question) for n, question in enumerate(questions) if n % world == rank]
             spent: dict[str, float] = {}
-            fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, progress and rank == 0)
+            fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, progress and rank == 0, average)
             acted += flops_of(fresh)
             timing = {key: timing.get(key, 0) + value for key, value in spent.items()}
             groups += [group for group in fresh if group.informative or not dynamic]
@@ -438,6 +482,10 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
     groups = [group for group in groups if group.number in kept]
     sampled = time.perf_counter()
     trained = update(model, optimizers, groups, method)
+    if average:
+        with torch.no_grad():
+            for mean, now in zip(average.parameters(), model.parameters()):
+                mean.lerp_(now, 1 - method.average_decay)
     metrics = rollout_metrics(groups, device) | trained | {"drawn": drawn}
     totals = all_sum([timing["prefill_tokens"], timing["decode_tokens"], acted + 3 * method.updates * flops_of([g for g in groups if g.informative])], device)
     times = all_sum([timing["prefill_seconds"], timing["decode_seconds"], sampled - begin,

@@ -147,25 +147,17 @@ class DecodeCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d].
 
-        The scores on the prompt come from one product per group, those on own tokens from one per row; one softmax
-        goes over both.
+        All queries of a group meet its prompt in one product, and each row its own tokens; the two are then weighed
+        by what they have of the softmax's denominator.
         """
         rows, heads, _, d = q.shape
-        keys, values = self.prompt[layer]
         q = (q * d**-0.5).view(rows, k.shape[1], -1, d)  # [rows, kv_heads, repeats, d]
+        shared, shared_total = map(self._by_row, _attend_part(self._by_group(q), *self.prompt[layer], self.mask))
         sizes = [len(cohort.starts) for cohort in self.cohorts]
-        parts = [cohort.scores(layer, *part) for cohort, *part in
+        parts = [cohort.attend(layer, *part) for cohort, *part in
                  zip(self.cohorts, q.split(sizes), k.split(sizes), v.split(sizes))]
-        width = max(cohort.width for cohort in self.cohorts)
-        own = parts[0] if len(parts) == 1 else torch.cat(
-            [F.pad(part, (width - part.shape[-1], 0), value=float("-inf")) for part in parts])
-        shared = self._by_group(q) @ keys  # [groups, kv_heads, slots * repeats, P]
-        if self.mask is not None:
-            shared += self.mask
-        weights = torch.cat((shared, self._by_group(own)), dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        shared, own = weights.split((keys.shape[-1], width), dim=-1)
-        own = [cohort.mean(layer, part) for cohort, part in zip(self.cohorts, self._by_row(own).split(sizes))]
-        return (self._by_row(shared @ values) + torch.cat(own)).reshape(rows, 1, heads * d)
+        own, own_total = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+        return torch.lerp(own, shared, (shared_total - own_total).sigmoid().to(q.dtype)).reshape(rows, 1, heads * d)
 
 
 class _Cohort:
@@ -208,18 +200,25 @@ class _Cohort:
             self.layers = [(F.pad(k, (0, room)), F.pad(v, (0, 0, 0, room))) for k, v in self.layers]
         self.width += 1
 
-    def scores(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k and v [rows, kv_heads, 1, d] in the open column; [rows, kv_heads, repeats, width]."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, kv_heads, repeats, d] attends to all."""
         keys, values = self.layers[layer]
         keys[..., self.width - 1], values[:, :, self.width - 1] = k[:, :, 0], v[:, :, 0]
-        scores = q @ keys[..., : self.width]
-        if self.mask is not None:
-            scores[..., : self.mask.shape[-1]] += self.mask
-        return scores
+        return _attend_part(q, keys[..., : self.width], values[:, :, : self.width], self.mask)
 
-    def mean(self, layer: int, weights: Tensor) -> Tensor:
-        """weights [rows, kv_heads, repeats, widest of all cohorts] -> [rows, kv_heads, repeats, d]"""
-        return weights[..., -self.width:] @ self.layers[layer][1][:, :, : self.width]
+
+def _attend_part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys, and the logarithm of its softmax denominator, [..., queries, d] and [..., 1].
+
+    keys [..., d, columns] are transposed. Two parts join as lerp(a, b, sigmoid(log_total_b - log_total_a)). The
+    largest weight is exp(peak - log_total), and never 0: so no second pass of exponentials is needed for log_total.
+    """
+    scores = (q @ keys).float()
+    if mask is not None:
+        scores[..., : mask.shape[-1]] += mask
+    weights = scores.softmax(-1)
+    total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return weights.to(values.dtype) @ values, total
 
 
 def _mask(valid: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -243,6 +244,7 @@ class RunFolder:
                 problem = f"{path}: cannot be written ({error.strerror})"
         problem = all_gather(problem)[0]
         if problem:
+            self.__exit__()
             raise ValueError(problem)
 
     def _claim(self, settings: dict) -> str | None:
@@ -267,7 +269,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *problem) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and hasattr(self, "_lock"):
             self._lock.close()
 
     def log(self, name: str, rows: list[dict]) -> None:
@@ -276,14 +278,13 @@ class RunFolder:
             with open(self.path / name, "a") as out:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def save(self, step: int, model: Transformer, optimizers: list, strikes: int) -> None:
+    def save(self, step: int, model: Transformer, optimizers: list, strikes: int, average: Transformer | None = None) -> None:
         """A checkpoint of the state after `step` steps."""
         place, aside = self.path / "checkpoints" / f"step-{step:06d}", self.path / "checkpoints" / "unfinished"
         if self.rank == 0 and aside.exists():
             shutil.rmtree(aside)
         all_gather(None)
-        weights, moments = get_state_dict(model, optimizers)
-        dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=aside)
+        dcp.save(training_state(model, optimizers, average), checkpoint_id=aside)
         mine = [f for f in aside.iterdir() if f.name.startswith(f"__{self.rank}_") or self.rank == 0 and f.name == ".metadata"]
         sums = {name: digest for part in all_gather({f.name: file_digest(f) for f in mine}) for name, digest in part.items()}
         if self.rank == 0:
@@ -300,7 +301,7 @@ class RunFolder:
                 shutil.rmtree(old)
         all_gather(None)
 
-    def resume(self, model: Transformer, optimizers: list) -> tuple[int, int]:
+    def resume(self, model: Transformer, optimizers: list, average: Transformer | None = None) -> tuple[int, int]:
         """Loads the newest intact checkpoint, cuts the logs to it; (steps done, strikes), (0, 0) without one."""
         logs, done = dict.fromkeys(self.LOGS, 0), (0, 0)
         for place in sorted(self.path.glob("checkpoints/step-*"), reverse=True):
@@ -309,8 +310,7 @@ class RunFolder:
                 say(f"{place.name} is damaged ({problem}): using the one before it")
                 continue
             state = json.loads((place / "state.json").read_text())
-            weights, moments = get_state_dict(model, optimizers)
-            stored = {"model": weights, "optimizers": moments}
+            stored = training_state(model, optimizers, average)
             dcp.load(stored, checkpoint_id=place)
             set_state_dict(model, optimizers, model_state_dict=stored["model"], optim_state_dict=stored["optimizers"])
             logs, done = state["logs"], (state["step"], state["strikes"])
@@ -335,6 +335,12 @@ class RunFolder:
 
 FREE = ("steps", "save_every", "keep", "show", "eval_every", "plan", "device", "out", "micro_tokens", "max_rows",
         "shard_group", "checkpoint_activations")  # options that a resumed run may change
+
+
+def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
+    """What a checkpoint holds: weights, moments, and the averaged weights if the reward needs them."""
+    weights, moments = get_state_dict(model, optimizers)
+    return {"model": weights, "optimizers": moments} | ({"average": average.state_dict()} if average else {})
 
 
 def file_digest(file: Path) -> str:
@@ -396,10 +402,11 @@ def show_rollout(row: dict) -> str:
 
 
 def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, folder: RunFolder,
-          one_step: Callable[[int, list], tuple[list[Group], dict]], evaluate: Callable[[], dict] | None = None) -> None:
+          one_step: Callable[[int, list], tuple[list[Group], dict]], evaluate: Callable[[], dict] | None = None,
+          average: Transformer | None = None) -> None:
     """The loop of every stage: learning rate, step, logs, checkpoint. one_step(step, optimizers) -> groups, metrics."""
     optimizers, stop = make_optimizers(model, run), Stop()
-    begin, strikes = folder.resume(model, optimizers)
+    begin, strikes = folder.resume(model, optimizers, average)
     bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
                mininterval=0.5)
     for step in range(begin, run.steps):
@@ -427,7 +434,7 @@ def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, fo
                            if key + "_tokens_per_s" in metrics["time"]})
         stopping = int(all_sum([stop.signal], model.head.device, "MAX")[0])
         if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-            folder.save(step + 1, model, optimizers, strikes)
+            folder.save(step + 1, model, optimizers, strikes, average)
         if stopping:
             say(f"stopped by {signal.Signals(stopping).name} after step {step}; the same command goes on from there")
             sys.exit(128 + stopping)
@@ -496,9 +503,13 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
         def draw(step: int, retry: int) -> list[Question]:
             return [questions[n] for n in data.draw(len(questions), run.seed, step, retry, method.questions)]
 
-        train(run, method, model, tokenizer, folder,
-              lambda step, optimizers: rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed),
-              lambda: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
+        average = build(source, run, device) if run.reward == "gain" else None
+
+        def step_of(step: int, optimizers: list) -> tuple[list[Group], dict]:
+            return rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed, average=average)
+
+        train(run, method, model, tokenizer, folder, step_of, lambda: evaluation.summary(evaluation.evaluate(
+            model, tokenizer, held, method, seed=run.seed)), average)
         export(model, tokenizer, Path(run.out) / "model")
     return model, tokenizer, held
 
@@ -627,14 +638,13 @@ def main(argv: list[str] | None = None) -> None:
             ntp_stage(run, method, device)
         else:
             rl_stage(run, method, device)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if "RPT_TRACEBACK" in os.environ:
-            raise
+    except (ValueError, OSError, FloatingPointError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def test_a_non_finite_number_skips_the_step_and_keeps_the_weights(tokenizer, que
 
 def test_the_policys_probability_is_its_plain_next_token_prediction(tokenizer, questions):
     model, question = model_for(tokenizer), questions[0]
-    policy = Policy(model, tokenizer, 128)
+    policy = Policy(model, tokenizer, METHOD)
     exact = model.logits(model(torch.tensor([question.context])))[0, -1].softmax(-1)
     for id in (5, 40, 200):
         same = [i for i in range(len(tokenizer)) if tokenizer.token_bytes(i) == tokenizer.token_bytes(id)]

@@ -206,9 +206,12 @@ def test_draw_inverts_the_cumulative_distribution_exactly(V, temperature):
     logits = torch.randn(n, V, generator=generator) * torch.linspace(0, 3, n)[:, None]  # flat to sharp
     uniform = torch.rand(n, dtype=torch.float64, generator=generator)
     uniform[:4] = torch.tensor([0.5 / 2**32, 1 - 0.5 / 2**32, 1e-300, 1 - 2**-53], dtype=torch.float64)
-    token, logprob = draw(logits, uniform, temperature)
     exact = (logits.double() / temperature).softmax(-1).numpy()
     rounded = (logits / temperature).log_softmax(-1).exp().double().numpy()  # what float32 makes of it
+    for row in range(4, 24):  # hard ones: just inside a token's share, by less than float32 sums can tell
+        k = int(torch.randint(V, (), generator=generator))
+        uniform[row] = (rounded[row, :k].sum() + 0.001 * rounded[row, k]) / rounded[row].sum()
+    token, logprob = draw(logits, uniform, temperature)
     for row in range(n):
         cumulative = list(itertools.accumulate(map(float, rounded[row])))
         aim = float(uniform[row]) * cumulative[-1]

@@ -180,9 +180,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(toy, run, tmp
 
 
 def test_next_token_prediction_lowers_its_loss_on_a_corpus(toy, tmp_path):
-    train.main(small(toy, tmp_path / "run", "--stage", "ntp", "--steps", 12, "--questions", 16))
+    train.main(small(toy, tmp_path / "run", "--stage", "ntp", "--steps", 24, "--questions", 16, "--lr", 0.005))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
 
 
 def test_verifiable_rewards_train_on_questions_and_answers(toy, tmp_path):

@@ -1,0 +1,492 @@
+r"""One page about a run: report.html, self-contained, for a laptop or a phone, light or dark.
+
+    python -m paper.report runs/toy [--out FILE]
+
+It shows what the folder holds and passes over what it does not: results.json (sections that another program wrote),
+run.json, table.json, the curves of metrics.jsonl and evals.jsonl, the responses of rollouts.jsonl. `svg` draws one figure.
+
+What a model or a corpus wrote is hostile until escaped. It enters the page as HTML or SVG text through `escape`, or as
+JSON through `embed`, which leaves no `<` for the HTML parser; the page's one script puts it into text nodes, and the
+content security policy allows no other script and nothing from elsewhere. Left out: live updates, a server.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+PAGE_BYTES = 4_000_000  # of rollouts in the page
+TEXT_CHARS = 30_000  # of one text in the page
+STEPS = 12  # of the run in the page at least; below that, fewer questions of each
+CURVE_POINTS = 600
+OUTCOMES = ("right", "wrong", "unparsable")
+
+# title, y axis, {series: key in metrics.jsonl}, what else `svg` should know
+CURVES: tuple[tuple[str, str, dict[str, str], dict[str, Any]], ...] = (
+    ("Reward", "mean of a step", {"reward": "reward"}, {"y_range": [0, 1]}),
+    ("Accuracy of rollouts", "share", {"responses": "accuracy", "questions": "solved"}, {"y_range": [0, 1]}),
+    ("Groups without a gradient", "share", {"all right": "all_right", "all wrong": "all_wrong"}, {"y_range": [0, 1]}),
+    ("Format", "share of responses", {"with a prediction": "parsed", "cut off": "truncated"}, {"y_range": [0, 1]}),
+    ("Response length", "tokens", {"mean": "length", "longest": "length_max"}, {"y_range": [0]}),
+    ("Entropy of the policy", "nats per token", {"entropy": "entropy"}, {"y_range": [0]}),
+    ("Loss", "", {"loss": "loss"}, {}),
+    ("Gradient norm", "before clipping", {"norm": "grad_norm"}, {"y_range": [0]}),
+    ("Sampler against trainer", "|difference of log-probability|, nats",
+     {"mean": "logprob_diff", "largest": "logprob_diff_max"}, {"log_y": True}),
+    ("Speed", "tokens per second",
+     {"decode": "time.decode_tokens_per_s", "train": "time.train_tokens_per_s"}, {"y_range": [0]}),
+)
+MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l4.8 8.5h-9.6z", "M0-5l5 5l-5 5l-5-5z")
+DASHES, COLOURS = ("none", "6 3", "2 3", "8 3 2 3"), 6
+# An image sees no page: then the fallbacks hold, a grey that can be read on white and on black.
+PLOT_STYLE = """
+.plot{color:var(--muted,#6e7781);font:13px system-ui,-apple-system,"Segoe UI",sans-serif}.plot text{fill:currentColor}
+.plot .title{fill:var(--ink,currentColor);font-weight:600}.plot .grid{stroke:currentColor;stroke-opacity:.17}
+.plot .line{fill:none;stroke:var(--c);stroke-width:2}.plot .bar{fill:none;stroke:var(--c);stroke-width:1.5}
+.plot .band{fill:var(--c);fill-opacity:.17}.plot .mark{fill:var(--c)}
+.c0{--c:#0072b2}.c1{--c:#d55e00}.c2{--c:#009e73}.c3{--c:#b5578f}.c4{--c:#a67c00}.c5{--c:#7d7d7d}
+@media(prefers-color-scheme:dark){.plot{color:var(--muted,#9198a1)}.c0{--c:#56b4e9}.c1{--c:#f0803c}.c2{--c:#2fc194}
+.c3{--c:#dd8fbb}.c4{--c:#e0b040}.c5{--c:#a8a8a8}}"""
+
+CSS = """
+:root{color-scheme:light dark;--bg:#f6f7f8;--card:#fff;--ink:#1d2229;--muted:#5c6570;--rule:#e2e5e9;--accent:#0072b2;
+--soft:#f3f5f7;--right:#08795a;--wrong:#b8480c;--unparsable:#6a6f78;--mark:#ffe9a0}
+@media(prefers-color-scheme:dark){:root{--bg:#101317;--card:#181c22;--ink:#e4e8ec;--muted:#99a3ae;--rule:#2a3038;
+--accent:#56b4e9;--soft:#1f242b;--right:#41c596;--wrong:#f18d52;--unparsable:#a3aab3;--mark:#5d4d12}}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}main{max-width:1120px;margin:0 auto;padding:40px 20px 80px}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:21px;margin:52px 0 12px}p{max-width:72ch;margin:0 0 14px}
+.quiet,summary{color:var(--muted);font-size:14.5px}summary{cursor:pointer}figure{margin:0}[hidden]{display:none!important}
+.tiles,.plots{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));margin:22px 0}
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}.plots>*{padding:14px 12px 8px}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:14px 18px;min-width:0}
+.tile{font-size:13.5px;line-height:1.4;color:var(--muted)}.tile b{display:block;font-size:24px;font-weight:600;
+color:var(--ink);margin:2px 0;font-variant-numeric:tabular-nums}.plot{display:block;width:100%;height:auto}
+.plots>:only-child{max-width:620px;grid-column:1/-1}.scroll{overflow-x:auto;padding:4px 18px;margin:14px 0}
+table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+td,th{padding:9px 24px 9px 0;text-align:left;vertical-align:top;border-top:1px solid var(--rule);font-weight:400}
+thead th{color:var(--muted);white-space:nowrap;border:0}td:not(:first-child){min-width:7em}
+.tools{display:flex;flex-wrap:wrap;gap:8px;align-items:center;position:sticky;top:0;background:var(--bg);padding:10px 0}
+button,select{font:inherit;font-size:14.5px;min-height:38px;color:inherit;background:var(--card);border-radius:8px;
+border:1px solid var(--rule);padding:5px 11px;cursor:pointer}#more{margin:8px auto;display:block}
+button[aria-pressed=true]{border-color:var(--accent);color:var(--accent)}:focus-visible{outline:2px solid var(--accent)}
+.question{margin:14px 0}.text{white-space:pre-wrap;unicode-bidi:isolate;font:13.5px/1.6 ui-monospace,Menlo,monospace}
+.context{background:var(--soft);border-radius:8px;padding:12px 14px;margin:8px 0 12px;max-height:19em;overflow:auto}
+.caret{display:inline-block;width:3px;height:1.3em;margin:0 1px;vertical-align:-.25em;background:var(--accent)}
+.truth,.tag{color:var(--muted)}mark{background:var(--mark);color:inherit;border-radius:3px;font-weight:700}
+.responses{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
+.response{border:1px solid var(--rule);border-left:4px solid var(--k);border-radius:8px;padding:9px 12px;min-width:0}
+.response .text{max-height:17em;overflow:auto}.facts{display:flex;flex-wrap:wrap;gap:0 12px;color:var(--muted)}
+.facts{font-size:13px}.facts b{color:var(--k)}.right{--k:var(--right)}.wrong{--k:var(--wrong)}.unparsable{--k:var(--unparsable)}
+@media(max-width:520px){main{padding:26px 14px 60px}h1{font-size:25px}.card{padding:12px 14px}.tools{gap:6px}}
+"""
+
+SCRIPT = r"""
+"use strict";
+const KINDS = ["right", "wrong", "unparsable"], PAGE = 8, $ = id => document.getElementById(id);
+const questions = JSON.parse($("data").textContent), steps = [...new Set(questions.map(q => q.step))];
+let wanted = -1, found = [], drawn = 0;
+const visible = s => s.replace(/[\0-\x08\x0b-\x1f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0)));
+const fixed = x => x === null ? "unknown" : (x < 0 ? "\u2212" : "") + Math.abs(x).toFixed(2);
+function make(tag, kind, ...children) {
+  const node = document.createElement(tag);
+  node.className = kind;
+  node.append(...children.map(c => typeof c === "string" ? visible(c) : c));
+  return node;
+}
+function response([kind, text, reward, prediction, advantage, finished, tokens]) {
+  const thought = text.lastIndexOf("</think>"), parts = [];
+  const box = prediction === null ? -1 : text.lastIndexOf("\\boxed{" + prediction + "}") + 7;
+  let at = 0;
+  if (thought >= 0) parts.push(text.slice(0, thought), make("span", "tag", text.slice(thought, at = thought + 8)));
+  if (box > at + 6) parts.push(text.slice(at, box), make("mark", "", text.slice(box, at = box + prediction.length)));
+  parts.push(text.slice(at), text ? "" : make("span", "tag", "(empty)"));
+  const facts = ["reward " + fixed(reward), "advantage " + fixed(advantage), tokens + " tokens"];
+  return make("div", "response " + KINDS[kind],
+    make("div", "facts", make("b", "", KINDS[kind]), ...facts.map(fact => make("span", "", fact)),
+      finished ? "" : make("b", "", "not finished")),
+    make("div", "text", ...parts));
+}
+function card(q) {
+  const chosen = q.responses.filter(r => wanted < 0 || r[0] === wanted), right = q.responses.filter(r => r[0] === 0);
+  const shown = chosen.length < q.responses.length ? `, ${chosen.length} shown` : "";
+  return make("article", "card question",
+    make("div", "quiet", `${q.about}. ${right.length} of ${q.responses.length} right${shown}.`),
+    make("div", "text context", q.context, make("span", "caret"), make("span", "truth", q.truth)),
+    make("div", "responses", ...chosen.map(response)));
+}
+function more() {
+  $("questions").append(...found.slice(drawn, drawn += PAGE).map(card));
+  $("more").hidden = drawn >= found.length;
+}
+function show() {
+  const at = $("step").selectedIndex, here = questions.filter(q => !at || q.step === steps[at - 1]);
+  const kinds = here.flatMap(q => q.responses.map(r => r[0]));
+  found = here.filter(q => wanted < 0 || q.responses.some(r => r[0] === wanted));
+  for (const button of $("kinds").children) {
+    const kind = +button.value, count = kinds.filter(k => kind < 0 || k === kind).length;
+    button.textContent = `${kind < 0 ? "all" : KINDS[kind]} ${count.toLocaleString("en")}`;
+    button.setAttribute("aria-pressed", String(kind === wanted));
+    button.onclick = () => { wanted = kind; show(); };
+  }
+  $("questions").replaceChildren();
+  drawn = 0;
+  more();
+}
+for (const step of steps) $("step").append(new Option("step " + step));
+$("step").onchange = show;
+$("more").onclick = more;
+$("browser").hidden = false;
+show();
+"""
+
+
+def escape(value: object) -> str:
+    """Text for HTML, SVG and attributes; what XML cannot hold (control characters, lone surrogates) becomes U+FFFD."""
+    return html.escape(re.sub("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value)))
+
+
+def embed(value: object) -> str:
+    """JSON for a script element: no character of it means anything to HTML, and a lone surrogate survives."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def number(value: object) -> float | None:
+    """The value if it is a number that can be drawn (finite, and logarithms of it too), else None."""
+    drawable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+    return (value if abs(value) > 1e-100 else 0.0) if drawable else None
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` items at even distances, the first and the last among them."""
+    if count >= len(items):
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)] if count > 1 else [items[-1]]
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The rows of a .jsonl file, none if there is no file; a last line cut in the middle is ignored."""
+    with open(path if path.exists() else os.devnull, "rb") as file:
+        for n, line in enumerate(file, 1):
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError):
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}, line {n}: not a JSON object; mend or remove the line") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a .json file, {} if there is no file."""
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: not a JSON object; write it again or remove it") from None
+
+
+def ticks(low: float, high: float, log: bool = False) -> list[float]:
+    """About five round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n, or on a log axis a few of each decade."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        factors = (1, 2, 5) if len(powers) <= 2 else (1,)
+        every = powers[:: math.ceil(len(powers) / 7)]
+        found = [x for n in every for x in (float(f"{factor}e{n}") for factor in factors) if low <= x <= high]
+        if len(found) > 1:
+            return found
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * factor for factor in (1, 2, 5, 10) if high - low <= 6 * power * factor)
+    return [float(f"{n * step:.12g}") for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_label(x: float) -> str:
+    """0.25, 3000, 40k, and 2x10^15 with a superscript."""
+    if x == 0 or 1e-3 <= abs(x) < 1e6:
+        return (f"{x / 1000:.6g}k" if abs(x) >= 1e4 else f"{x:.6g}").replace("-", "\u2212")
+    mantissa, exponent = f"{x:.5e}".split("e")
+    factor = "" if float(mantissa) == 1 else f"{float(mantissa):g}×".replace("-", "\u2212")
+    return factor + "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def axis(values: Sequence[float | None], include: Sequence[float], log: bool, start: float,
+         end: float) -> tuple[Callable[[float | None], float | None], list[float]]:
+    """A map from values to pixels (None for what is missing, and on a log axis not positive), and the ticks."""
+    known = [v for v in (*values, *include) if v is not None and (v > 0 or not log)] or [1.0, 10.0]
+    low, high = min(known), max(known)
+    if high - low <= 1e-5 * max(abs(low), abs(high)):
+        low, high = (low / 3, high * 3) if log else (low - (abs(low) / 4 or 1), high + (abs(high) / 4 or 1))
+    bend = math.log10 if log else float
+    a, b = bend(low), bend(high)
+    a, b = a - 0.04 * (b - a) * (low not in include), b + 0.04 * (b - a) * (high not in include)
+
+    def place(value: float | None) -> float | None:
+        missing = value is None or log and value <= 0
+        return None if missing else round(start + (bend(value) - a) / (b - a) * (end - start), 1)
+
+    return place, ticks(10**a, 10**b, True) if log else ticks(a, b)
+
+
+def draw(points: Sequence[tuple], style: int, line: bool, marks: bool) -> Iterator[str]:
+    """SVG of one series of (x, y, low, high) in pixels; a missing x or y breaks the line."""
+    colour, dash, marker = f"c{style % COLOURS}", DASHES[style % len(DASHES)], MARKERS[style % len(MARKERS)]
+    for known, group in groupby(points, lambda p: p[0] is not None and p[1] is not None):
+        run = list(group) if known else []
+        bars = [p for p in run if p[2] is not None and p[3] is not None]
+        if line and len(run) == len(bars) > 1:
+            edge = [(x, low) for x, _, low, _ in run] + [(x, high) for x, _, _, high in reversed(run)]
+            yield f'<polygon class="band {colour}" points="{" ".join(f"{x},{y}" for x, y in edge)}"/>'
+        else:
+            for x, _, low, high in bars:
+                yield f'<path class="bar {colour}" d="M{x} {low}V{high}M{x - 4} {low}h8M{x - 4} {high}h8"/>'
+        if line and len(run) > 1:
+            path = " ".join(f"{p[0]},{p[1]}" for p in run)
+            yield f'<polyline class="line {colour}" stroke-dasharray="{dash}" points="{path}"/>'
+        for x, y, _, _ in run if marks or len(run) == 1 else ():
+            yield f'<path class="mark {colour}" transform="translate({x} {y})" d="{marker}"/>'
+
+
+def svg(figure: dict, width: int = 640, height: int = 360) -> str:
+    """A standalone SVG of {"title", "x", "y", "log_x", "log_y", "y_range": values that the y axis must reach, "series":
+    [{"name", "x", "y", "low", "high", "kind": "line" or "points"}]}. Series of one name, as a fit and its points, share
+    a colour and an entry in the legend. low and high are drawn as a band around a line, as bars around points.
+    """
+    series = []
+    for given in figure.get("series") or []:
+        x, y, low, high = ([number(v) for v in given.get(key) or []] for key in ("x", "y", "low", "high"))
+        points = list(zip(x, y, low + [None] * len(x), high + [None] * len(x)))
+        line = given.get("kind") != "points"
+        series.append((str(given.get("name", ""))[:60], line, not line or len(points) <= 12, points))
+    styles = {name: n for n, name in enumerate(dict.fromkeys(name for name, *_ in series))}
+    title, unit = (escape(str(figure.get(key, ""))[: width // 6]) for key in ("title", "y"))
+    parts, left, top = [], 10.0, 28.0 if title else 8.0
+    for name, style in styles.items() if len(styles) > 1 else ():
+        if left > 10 and left + 30 + 7 * len(name) > width:
+            left, top = 10.0, top + 19
+        line, marks = (any(n == name and s[k] for n, *s in series) for k in (0, 1))
+        ends = [(left, top + 9), (left + 20, top + 9)]
+        parts += draw([(*end, None, None) for end in ends] if line else [], style, line, False)
+        parts += draw([(left + 10, top + 9, None, None)] if marks else [], style, False, True)
+        parts.append(f'<text x="{left + 26}" y="{top + 13.5}">{escape(name)}</text>')
+        left += 44 + 7 * len(name)
+    top += (22 if len(styles) > 1 else 0) + (22 if unit else 6)
+    height = max(height, int(top) + 150)  # a long legend does not eat the figure
+    every, bottom = [p for *_, points in series for p in points], height - (46 if figure.get("x") else 28)
+    y_of, y_ticks = axis([v for p in every for v in p[1:]], figure.get("y_range") or [], bool(figure.get("log_y")), bottom, top)
+    left = 18 + 7.5 * max(len(tick_label(y)) for y in y_ticks)
+    x_of, x_ticks = axis([p[0] for p in every], [], bool(figure.get("log_x")), left, width - 22)
+    for y in y_ticks:
+        parts.append(f'<path class="grid" d="M{left} {y_of(y)}H{width - 12}"/><text x="{left - 7}" y="{y_of(y) + 4.5}" '
+                     f'text-anchor="end">{tick_label(y)}</text>')
+    for x in x_ticks:
+        parts.append(f'<text x="{x_of(x)}" y="{bottom + 19}" text-anchor="middle">{tick_label(x)}</text>')
+    for name, line, marks, points in series:
+        placed = [(x_of(x), *map(y_of, rest)) for x, *rest in points]
+        parts += draw(placed, styles[name], line, marks)
+    texts = [(12, 20, "start", "title", title), (10, top - 9, "start", "unit", unit),
+             ((left + width) / 2, height - 9, "middle", "unit", escape(figure.get("x", "")))]
+    parts += [f'<text x="{x}" y="{y}" text-anchor="{at}" class="{kind}">{text}</text>' for x, y, at, kind, text in texts]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" aria-label="{title}" width="{width}" '
+            f'height="{height}" viewBox="0 0 {width} {height}"><style>{PLOT_STYLE}</style>{"".join(parts)}</svg>')
+
+
+def section(given: dict) -> str:
+    """HTML of {"title", "text", "table": {"head", "rows"}, "figure" or "figures"}, each of them optional."""
+    parts = [f"<h2>{escape(given.get('title', ''))}</h2>"]
+    parts += [f"<p>{escape(p)}</p>" for p in re.split(r"\n\s*\n", str(given.get("text") or "")) if p.strip()]
+    if table := given.get("table"):
+        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.get("head") or [])
+        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.get("rows") or []]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        parts.append(f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    figures = [figure for figure in (given.get("figure"), *(given.get("figures") or [])) if figure]
+    size = (400, 260) if len(figures) > 1 else (520, 340)
+    plots = "".join(f'<figure class="card">{svg(figure, *size)}</figure>' for figure in figures)
+    return f'<section>{"".join(parts)}<div class="plots">{plots}</div></section>'
+
+
+def spread(value: object, measure: str) -> str:
+    """[mean, low, high] as text, in per cent, or in tokens if it is a length; "" if it is no such list."""
+    if not isinstance(value, list) or len(value) != 3 or None in map(number, value):
+        return ""
+    mean, low, high = value if measure == "length" else (100 * x for x in value)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def accuracy_section(table: dict) -> list[dict]:
+    """The form of the paper's table 1, from {model: {split: {measure: [mean, low, high]}}}."""
+    splits: dict = next(iter(table.values()), {})
+    measures = dict.fromkeys(m for values in splits.values() for m, value in values.items() if spread(value, m))
+    rows = [[f"{model}, {measure}", *(spread(of.get(split, {}).get(measure), measure) for split in splits)]
+            for measure in measures for model, of in table.items()]
+    text = ("On held-out text, in per cent (length in tokens), with 95 % intervals over documents. The splits are positions "
+            "of more than 0.5, 1.0 and 1.5 nats of entropy, so each contains the next.")
+    head = ["", *(f"{split} ({values.get('questions', '?')})" for split, values in splits.items())]
+    return [{"title": "Next-token accuracy", "text": text, "table": {"head": head, "rows": rows}}] if rows else []
+
+
+def lookup(row: object, key: str) -> float | None:
+    """The number under a key like "time.seconds", None if there is none."""
+    for part in key.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return number(row)
+
+
+def curve_sections(metrics: list[dict], evals: list[dict]) -> list[dict]:
+    """What happened during training, and the evaluations on held-out text in between."""
+    training, rows = [], evenly(metrics, CURVE_POINTS)
+    for title, unit, keys, more in CURVES:
+        series = [{"name": name, "x": [row.get("step") for row in rows], "y": [lookup(row, key) for row in rows]}
+                  for name, key in keys.items() if any(lookup(row, key) is not None for row in rows)]
+        training += [{"title": title, "x": "step", "y": unit, "series": series, **more}] if series else []
+    held_out, splits = {}, {split: of for split, of in (evals[-1] if evals else {}).items() if isinstance(of, dict)}
+    for measure, split in ((m, split) for split, of in splits.items() for m, value in of.items() if spread(value, m)):
+        values = [row.get(split, {}).get(measure) or [None] * 3 for row in evals]
+        figure = held_out.setdefault(measure, {"title": measure, "x": "step", "y": "mean and interval", "series": []})
+        figure["series"].append({"name": split, "x": [row.get("step") for row in evals]} |
+                                dict(zip(("y", "low", "high"), map(list, zip(*values)))))
+    thinned = f"{len(rows):,} of {len(metrics):,} steps, evenly spaced." if len(rows) < len(metrics) else ""
+    return [s for s in ({"title": "Training", "text": thinned, "figures": training},
+                        {"title": "Evaluations on held-out text", "figures": list(held_out.values())}) if s["figures"]]
+
+
+def clipped(value: object) -> str:
+    """Text of at most TEXT_CHARS characters and a note on what was left out of its middle; "" for None."""
+    text, half = "" if value is None else str(value), TEXT_CHARS // 2
+    dropped = len(text) - 2 * half
+    return text if dropped <= 0 else f"{text[:half]}\n[... {dropped:,} characters left out ...]\n{text[-half:]}"
+
+
+def compact(rows: list[dict]) -> dict:
+    """A question, its responses as [outcome, text, reward, prediction, advantage, finished, tokens]: what the script reads."""
+    row, responses = rows[0], []
+    about = ", ".join(f"{key} {clipped(row.get(key))}" for key in ("step", "question", "document", "position"))
+    about += "" if number(row.get("entropy")) is None else f", entropy {number(row['entropy']):.2f} nats"
+    for r in rows:
+        reward, prediction = number(r.get("reward")), r.get("prediction")
+        outcome = 2 if prediction is None else 0 if (reward or 0) >= 1 else 1
+        responses.append([outcome, clipped(r.get("response")), reward, prediction and clipped(prediction),
+                          number(r.get("advantage")), bool(r.get("finished")), number(r.get("tokens"))])
+    return {"step": number(row.get("step")), "about": about, "context": clipped(row.get("context")),
+            "truth": clipped(row.get("truth")), "responses": responses}
+
+
+def sample_rollouts(path: Path) -> tuple[list[dict], str]:
+    """The questions of rollouts.jsonl that fit into PAGE_BYTES, and a sentence on what was left out.
+
+    Whole steps at even distances; where STEPS of them are too many, also questions at even distances in each.
+    """
+    def name(row: dict) -> tuple[float | None, str]:
+        return number(row.get("step")), json.dumps(row.get("question"))
+
+    sizes: dict[float | None, dict[str, int]] = {}
+    for row in read_lines(path):
+        step, question = name(row)
+        of = sizes.setdefault(step, {})
+        of[question] = of.get(question, 0) + len(embed(compact([row])).encode())
+    if not sizes:
+        return [], ""
+    totals, steps, each = [sum(of.values()) for of in sizes.values()], len(sizes), max(map(len, sizes.values()))
+    if sum(totals) > PAGE_BYTES:
+        steps = min(steps, max(STEPS, PAGE_BYTES // max(totals)))
+        if steps * max(totals) > PAGE_BYTES:
+            each = max(1, PAGE_BYTES // (steps * max(size for of in sizes.values() for size in of.values())))
+    chosen = {(step, question): [] for step in evenly(list(sizes), steps) for question in evenly(list(sizes[step]), each)}
+    for row in read_lines(path):
+        if name(row) in chosen:
+            chosen[name(row)].append(row)
+    count = sum(map(len, sizes.values()))
+    note = f" These are {len(chosen):,} of {count:,} questions, from {steps:,} of {len(sizes):,} steps, evenly spaced."
+    return [compact(rows) for rows in chosen.values()], note if len(chosen) < count else ""
+
+
+def browser(path: Path) -> str:
+    """The rollouts: data, controls and script, and a few of them for a reader without JavaScript."""
+    questions, note = sample_rollouts(path)
+    if not questions:
+        return ""
+    buttons = "".join(f'<button value="{kind}"></button>' for kind in range(-1, len(OUTCOMES)))
+    still = "".join(
+        f'<article class="card question"><p class="quiet">{escape(q["about"])}</p><div class="text context">'
+        f'{escape(q["context"])}<span class="caret"></span><span class="truth">{escape(q["truth"])}</span></div>'
+        + "".join(f'<div class="text">{OUTCOMES[kind]}: {escape(text)}</div>' for kind, text, *_ in q["responses"])
+        + "</article>" for q in evenly(questions, 4))
+    return (
+        f"<section><h2>Rollouts</h2><p>{sum(len(q['responses']) for q in questions):,} responses to {len(questions):,} "
+        f"questions.{note} The bar marks the spot to predict, and the grey text after it is what the document says. A response "
+        f"is right if its reward is at least 1, unparsable if it holds no prediction.</p><noscript>{still}</noscript>"
+        f'<div id="browser" hidden><div class="tools"><span id="kinds">{buttons}</span><select id="step" aria-label="step">'
+        f'<option>all steps</option></select></div><div id="questions"></div><button id="more">show more</button></div></section>'
+        f'<script type="application/json" id="data">{embed(questions)}</script><script>{SCRIPT}</script>')
+
+
+def header(run: dict, metrics: list[dict], table: dict, title: str) -> str:
+    """What the run is, and the figures to know first."""
+    stages = {"rpt": "Reinforcement Pre-Training", "ntp": "Next-token training", "rlvr": "RL with verifiable rewards"}
+    shown = {"model": "model", "seed": "seed", "steps": "steps", "reward": "reward", "questions": "questions a step",
+             "group_size": "responses to each", "temperature": "temperature", "lr": "learning rate"}
+    facts = "; ".join(f"{text} {run[key]}" for key, text in shown.items() if run.get(key) not in (None, ""))
+    tiles, window, models = [], max(1, min(10, len(metrics) // 10)), list(table)
+    for split in table[models[0]] if len(models) > 1 else ():
+        ends = table[models[0]][split].get("standard"), table[models[-1]].get(split, {}).get("reasoning")
+        if all(spread(end, "") for end in ends):
+            tiles.append((f"accuracy in %, {split}", f"{100 * ends[0][0]:.1f} → {100 * ends[1][0]:.1f}",
+                          f"{models[0]} standard → {models[-1]} reasoning"))
+    for text, key, digits in (("reward", "reward", 2), ("response length, tokens", "length", 1), ("loss", "loss", 3)):
+        values = [value for row in metrics if (value := lookup(row, key)) is not None]
+        if values:
+            ends = [sum(part) / len(part) for part in (values[:window], values[-window:])]
+            tiles.append((text, " → ".join(f"{end:.{digits}f}" for end in ends), f"first {window} → last {window} steps"))
+    seconds = sum(lookup(row, "time.seconds") or 0 for row in metrics)
+    if seconds:
+        tiles.append(("time of the steps", f"{seconds / 60:,.1f} min", f"{len(metrics):,} steps"))
+    cards = "".join(f'<div class="card tile">{escape(text)}<b>{escape(value)}</b>{escape(note)}</div>' for text, value, note in tiles)
+    settings = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in run.items())
+    details = f'<details><summary>All settings</summary><div class="card scroll"><table>{settings}</table></div></details>'
+    return (f"<header><h1>{escape(title or stages.get(run.get('stage'), 'A run'))}</h1><p class=quiet>{escape(facts)}</p>"
+            f'<div class="tiles">{cards}</div>{details if run else ""}</header>')
+
+
+def page(folder: Path) -> str:
+    """The page about a run. Raises ValueError if there is nothing to show, or if a file is not what its name says."""
+    metrics, evals = (list(read_lines(folder / name)) for name in ("metrics.jsonl", "evals.jsonl"))
+    run, table, results = (read_json(folder / name) for name in ("run.json", "table.json", "results.json"))
+    if not metrics and not results:
+        raise ValueError(f"{folder}: no metrics.jsonl and no results.json with anything in it; give the folder of a run")
+    sections = [*(results.get("sections") or []), *accuracy_section(table), *curve_sections(metrics, evals)]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+              "base-uri 'none'; form-action 'none'")
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+            f'content="{policy}"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(results.get('title') or folder.resolve().name)}</title><style>{CSS}</style></head><body><main>"
+            f"{header(run, metrics, table, results.get('title', ''))}{''.join(map(section, sections))}"
+            f"{browser(folder / 'rollouts.jsonl')}</main></body></html>\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m paper.report", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/toy")
+    parser.add_argument("--out", type=Path, help="file to write (report.html in the folder)")
+    args = parser.parse_args(argv)
+    out = args.out or args.run / "report.html"
+    try:
+        text = page(args.run)
+        out.write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

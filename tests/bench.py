@@ -1,0 +1,357 @@
+"""Speed and memory, beside transformers and TRL where they can be imported. No test asserts any of it.
+
+    python tests/bench.py [--only rollout decode ragged train step logprobs growth] [--quick] [--json FILE]
+
+Whatever is compared is measured in one run, in turns, after one turn that does not count; figures are medians, and
+only their ratios mean anything on a machine that others use. Same weights (through save_pretrained), prompts, dtype
+and threads on both sides. Peak memory is that of a fresh process above what it held before the work (ru_maxrss).
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained  # noqa: E402
+from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
+from sampler import Completion, _Batch, generate  # noqa: E402
+
+SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False, "max_position_embeddings": 4096}
+PROMPTS, GROUP, NEW = 8, 8, 128
+LEARNING_RATE = 1e-5
+
+
+def policy(**shape) -> Transformer:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return Transformer(ModelConfig.from_dict(SHAPE | shape))
+
+
+def questions(count: int, length: int, vocabulary: int = SHAPE["vocab_size"]) -> list[list[int]]:
+    return torch.randint(vocabulary, (count, length), generator=torch.Generator("cpu").manual_seed(1)).tolist()
+
+
+def in_turns(repeats: int, **candidates: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each candidate."""
+    seconds = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, work in candidates.items():
+            begin = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def ours(model: Transformer, prompts: list[list[int]], samples: int = GROUP, new: int = NEW, **more) -> int:
+    """Samples; returns how many tokens."""
+    out = generate(model, prompts, samples=samples, max_new_tokens=new, **{"eos_ids": []} | more)
+    return sum(len(c.ids) for group in out for c in group)
+
+
+def child(work: str, *arguments: object, command: Sequence[str] = (sys.executable,)) -> dict:
+    """What a measurement in a process of its own prints last."""
+    run = subprocess.run([*command, __file__, "--child", work, *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{work} {arguments} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def peak(work: Callable[[], object], warm_up: Callable[[], object]) -> dict:
+    """MiB by which `work` raises the highest memory of this process, and its seconds."""
+    warm_up()
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - begin
+    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds": seconds, "result": result}
+
+
+# ---------------------------------------------------------------------------------------------- rollout and decode
+
+
+def theirs(model: Transformer):
+    """The same weights in transformers, or None."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(model, directory)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def rollout(quick: bool) -> dict[str, float]:
+    """Tokens per second of sampling: 8 prompts x 8 samples of 128 tokens, and 1 x 1."""
+    model, table = policy(), {}
+    rival = theirs(model)
+    for count, samples, length in ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256)):
+        prompts = questions(count, length)
+        work = {"ours": lambda: ours(model, prompts, samples)}
+        if rival is not None:
+            ids = torch.tensor(prompts)
+            work["transformers"] = lambda: rival.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                min_new_tokens=NEW, max_new_tokens=NEW, num_return_sequences=samples, pad_token_id=0)
+        name = f"prompt {length}, {count} x {samples}"
+        for who, seconds in in_turns(1 if quick else 3, **work).items():
+            table[f"{name}: {who}, tokens/s"] = count * samples * NEW / seconds
+        if rival is not None:
+            table[f"{name}: ours / transformers"] = (
+                table[f"{name}: ours, tokens/s"] / table[f"{name}: transformers, tokens/s"])
+    return table
+
+
+def products(model: Transformer, rows: int) -> tuple[Callable[[], None], int]:
+    """The matrix products with weights of one decode step, alone, and their floating-point operations."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {size: torch.randn(rows, size) for size in {layer.in_features for layer in layers}}
+
+    def work() -> None:
+        for layer in layers:
+            F.linear(inputs[layer.in_features], layer.weight)
+    return work, sum(2 * rows * layer.weight.numel() for layer in layers)
+
+
+@torch.no_grad()
+def decode(quick: bool) -> dict[str, float]:
+    """One decode step at 64 rows in the middle of 128 tokens, its share of two ceilings of this machine."""
+    model, table = policy(), {}
+    rows, big, wide = PROMPTS * GROUP, torch.randn(2**26), torch.randn(2048, 2048)
+    work, operations = products(model, rows)
+    for length in (256, 1024):
+        batch = _Batch(model, 4096, 1.0, [], 0)
+        batch.admit([(i, 0, GROUP) for i in range(PROMPTS)], questions(PROMPTS, length), range(PROMPTS))
+        for _ in range(NEW // 2 - 16):
+            batch.step()
+        step = in_turns(8 if quick else 30, step=batch.step, products=work, copy=big.clone, square=lambda: wide @ wide)
+        width = batch.cache.cohorts[0].width
+        heads, layers = SHAPE["num_key_value_heads"] * 32, SHAPE["num_hidden_layers"]
+        moved = 4 * (sum(p.numel() for p in model.parameters()) + 2 * layers * heads * (PROMPTS * length + rows * width))
+        table |= {f"prompt {length}: a step, ms": 1e3 * step["step"],
+                  f"prompt {length}: its matrix products alone, ms": 1e3 * step["products"],
+                  f"prompt {length}: decode / rate of its products": step["products"] / step["step"],
+                  f"prompt {length}: its products, GFLOP/s": operations / step["products"] / 1e9,
+                  f"prompt {length}: square products, GFLOP/s": 2 * 2048**3 / step["square"] / 1e9,
+                  f"prompt {length}: read by a step, GB/s": moved / step["step"] / 1e9,
+                  f"prompt {length}: memory copy, GB/s": 8 * 2**26 / step["copy"] / 1e9}
+    return table
+
+
+def ragged(quick: bool) -> dict[str, float]:
+    """Time per useful token of lengths with an end after each token of probability 1/64, and of equal lengths of 64."""
+    model, counts = policy(), {}
+    prompts, limit = questions(16 if quick else 96, 256), 512
+
+    def uneven() -> None:  # a model that knows nothing: each token is about equally probable
+        counts["ragged"] = ours(model, prompts, new=limit, eos_ids=range(SHAPE["vocab_size"] // 64), max_rows=64)
+
+    def even() -> None:
+        counts["equal"] = ours(model, prompts, new=64, max_rows=64)
+    seconds = in_turns(1 if quick else 3, ragged=uneven, equal=even)
+    table = {f"{name}: us per token": 1e6 * seconds[name] / counts[name] for name in seconds}
+    return table | {"completions": len(prompts) * GROUP, "ragged: mean length": counts["ragged"] / len(prompts) / GROUP,
+                    "ragged / equal": table["ragged: us per token"] / table["equal: us per token"]}
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def group(number: int, prompt: list[int], completions: list[Completion]) -> Group:
+    rewards = [float(s % 2) for s in range(len(completions))]
+    advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
+    return Group((0, number), None, prompt, completions, [b""] * len(completions), rewards, advantages)
+
+
+def training(model: Transformer, share: bool, prompt: int = 1024, new: int = NEW, size: int = GROUP) -> Callable[[], None]:
+    """Forward and backward of one group's log-probabilities: its prompt once, or once per completion."""
+    ids = questions(size + 1, max(prompt, new), model.config.vocab_size)
+    whole = group(0, ids[0][:prompt], [Completion(run[:new], [0.0] * new, False) for run in ids[1:]])
+    signs = torch.tensor(whole.advantages, dtype=torch.float32).repeat_interleave(new)
+
+    def shared() -> None:
+        model.zero_grad()
+        logprobs, _ = completion_logprobs(model, [(whole, list(range(size)))], 1.0)
+        (logprobs * signs).sum().backward()
+
+    def repeated() -> None:
+        model.zero_grad()
+        rows = torch.tensor([whole.prompt + c.ids for c in whole.completions])
+        hidden = model(rows)[:, prompt - 1: -1].reshape(-1, model.config.hidden_size)
+        logprobs, _ = token_logprobs(model, hidden, rows[:, prompt:].reshape(-1))
+        (logprobs * signs).sum().backward()
+    return shared if share else repeated
+
+
+def train(quick: bool) -> dict[str, float]:
+    """A group of 8, prompt 1,024, completions of 128: sharing the prompt against repeating it."""
+    model, gradients = policy(), []
+    for share in (True, False):
+        training(model, share)()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    seconds = in_turns(1 if quick else 3, shared=training(model, True), repeated=training(model, False))
+    memory = {name: child("train", share)["mib"] for name, share in (("shared", 1), ("repeated", 0))}
+    difference = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    return {**{f"{name}: s": value for name, value in seconds.items()}, **{f"{n}: peak MiB": m for n, m in memory.items()},
+            "repeated / shared": seconds["repeated"] / seconds["shared"], "relative difference of gradients": difference}
+
+
+def our_step(model: Transformer, optimizer: torch.optim.Optimizer, prompts: list[list[int]], eos: int) -> None:
+    out = generate(model, prompts, samples=GROUP, max_new_tokens=NEW, eos_ids=[eos])
+    update(model, [optimizer], [group(n, *pair) for n, pair in enumerate(zip(prompts, out))], Method(grad_clip=1.0))
+
+
+def step(quick: bool) -> dict[str, float]:
+    """One whole step, sampling and update: 8 prompts of 256 tokens, G = 8, 128 new tokens, AdamW."""
+    model, prompts, seconds = policy(), questions(PROMPTS, 256), {"ours": [], "TRL": []}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    try:
+        trainer = trl_trainer(theirs(model), prompts, 2 if quick else 4)
+    except ImportError:
+        one = in_turns(1 if quick else 3, ours=lambda: our_step(model, optimizer, prompts, 0))["ours"]
+        return {"ours: s per step": one}
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):  # their step, then ours
+        def on_step_begin(self, *_, **__):
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds["TRL"].append(time.perf_counter() - self.begin)
+            begin = time.perf_counter()
+            our_step(model, optimizer, prompts, 0)
+            seconds["ours"].append(time.perf_counter() - begin)
+    trainer.add_callback(Turns())
+    trainer.train()
+    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {**{f"{name}: s per step": s for name, s in median.items()}, "TRL / ours": median["TRL"] / median["ours"]}
+
+
+def trl_trainer(rival, prompts: list[list[int]], steps: int):
+    """TRL's GRPOTrainer on the same prompts; a word per token id, so that text and tokens are the same thing."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t1")
+    rows = Dataset.from_list([{"prompt": " ".join(f"t{i}" for i in prompt)} for prompt in prompts])
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+        max_completion_length=NEW, learning_rate=LEARNING_RATE, beta=0.0, temperature=1.0, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    rewards = itertools.cycle((0.0, 1.0))
+    return GRPOTrainer(rival, lambda completions, **_: [next(rewards) for _ in completions], config, rows,
+                       processing_class=tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- memory and growth
+
+
+def head_work(chunked: bool, tokens: int) -> Callable[[], float]:
+    torch.manual_seed(0)
+    model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1, intermediate_size=8, tie_word_embeddings=True)
+    hidden, targets = torch.randn(tokens, 896, requires_grad=True), torch.randint(151936, (tokens,))
+    model.head.grad = torch.zeros_like(model.head)
+
+    def work() -> dict[str, float]:
+        if chunked:
+            logprobs, _ = token_logprobs(model, hidden, targets)
+        else:
+            logprobs = model.logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        logprobs.mean().backward()
+        return {"value": float(logprobs.mean()), "gradient": float(hidden.grad.norm())}
+    return work
+
+
+def logprobs(quick: bool) -> dict[str, float]:
+    """Log-probabilities of 4,096 tokens from 896 hidden channels over 151,936 tokens, forward and backward."""
+    tokens = 512 if quick else 4096
+    table = {}
+    for name, chunked in (("ours", 1), ("plain log_softmax", 0)):
+        out = child("head", chunked, tokens)
+        table |= {f"{name}: peak MiB": out["mib"], f"{name}: s": out["seconds"],
+                  f"{name}: mean log-probability": out["result"]["value"],
+                  f"{name}: norm of the gradient": out["result"]["gradient"]}
+    plain, fused = head_work(False, 64), head_work(True, 64)  # the same tensors, drawn twice
+    table["relative difference of gradients, 64 tokens"] = abs(fused()["gradient"] / plain()["gradient"] - 1)
+    return table
+
+
+def growth(quick: bool) -> dict[str, float]:
+    """How cost grows, from 4 prompts of 256 tokens x 8 samples x 32 new tokens: seconds of sampling, then training."""
+    table, usual = {}, {"samples": 8, "length": 256, "new": 32, "vocab_size": 4096}
+    for name, values in (("samples", (2, 8, 32)), ("length", (64, 256, 1024)), ("new", (16, 32, 128)),
+                         ("vocab_size", (512, 4096, 32768))):
+        for value in values:
+            at = usual | {name: value}
+            model = policy(vocab_size=at["vocab_size"])
+            prompts = questions(4, at["length"], at["vocab_size"])
+            seconds = in_turns(1 if quick else 3, sampling=lambda: ours(model, prompts, at["samples"], at["new"]),
+                               training=training(model, True, at["length"], at["new"], at["samples"]))
+            table |= {f"{name} {value}: {what}, s": s for what, s in seconds.items()}
+    for processes in (1, 2):
+        command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        table[f"processes {processes}, 1 thread each: tokens/s"] = child("process", command=command)["tokens_per_s"]
+    return table
+
+
+def one_of_several() -> dict:
+    """This process's share of 8 prompts x 8 samples x 128 tokens; the slowest process counts."""
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model, mine = policy(), questions(PROMPTS, 256)[dist.get_rank()::dist.get_world_size()]
+    ours(model, mine, new=4)
+    begin = time.perf_counter()
+    ours(model, mine)
+    seconds = torch.tensor([time.perf_counter() - begin])
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    dist.destroy_process_group()
+    return {"tokens_per_s": PROMPTS * GROUP * NEW / float(seconds)}
+
+
+def main() -> None:
+    sections = {f.__name__: f for f in (rollout, decode, ragged, train, step, logprobs, growth)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--quick", action="store_true", help="one turn of each, and less work")
+    parser.add_argument("--json", type=Path, default=Path(__file__).resolve().parent.parent / "runs" / "bench.json")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        work, *rest = args.child
+        if work == "train":
+            model = policy()
+            print(json.dumps(peak(training(model, rest[0] == "1"), training(model, True, 16, 8))))
+        elif work == "head":
+            print(json.dumps(peak(head_work(rest[0] == "1", int(rest[1])), lambda: None)))
+        else:
+            print(json.dumps(one_of_several()))
+        return
+    tables = {}
+    for name in args.only:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        tables[name] = sections[name](args.quick)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    for name, table in tables.items():
+        print(f"\n{sections[name].__doc__}\n" + "\n".join(f"  {key:<58} {value:>12,.4g}" for key, value in table.items()))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()} | tables, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
