@@ -67,40 +67,26 @@ class ModelConfig:
 
         Raises ValueError, naming the key, for whatever this module would not compute faithfully.
         """
-        kind = hf.get("model_type")
-        if kind not in ("qwen2", "qwen3", "llama"):
-            raise ValueError(f"config.json: model_type {kind!r} is not one of qwen2, qwen3, llama")
-        if hf.get("quantization_config"):
-            raise ValueError("config.json: quantization_config: quantized weights are not supported; use the original")
-        if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or []):
-            raise ValueError("config.json: sliding window attention (use_sliding_window / layer_types) is not supported")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported, only silu")
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        rope_type = rope.pop("rope_type", None) or rope.pop("type", "default")
-        theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-        rope = {key: value for key, value in rope.items() if value is not None}
-        needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
-        optional = {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
-        if rope_type not in needed or not needed[rope_type] <= set(rope) <= needed[rope_type] | optional:
-            raise ValueError(f"config.json: rope_type {rope_type!r} with keys {sorted(rope)} is not supported")
+        refuse_unsupported(hf)
         try:
-            heads, bias = int(hf["num_attention_heads"]), bool(hf.get("attention_bias", False))
+            kind, heads, bias = hf["model_type"], hf["num_attention_heads"], hf.get("attention_bias", False)
+            theta, scaling = rope_settings(hf)
             config = cls(
                 model_type=kind, vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"],
                 intermediate_size=hf["intermediate_size"], num_hidden_layers=hf["num_hidden_layers"],
                 num_attention_heads=heads, num_key_value_heads=hf.get("num_key_value_heads") or heads,
                 head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
                 max_position_embeddings=hf.get("max_position_embeddings", 32768),
-                rms_norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-                rope_scaling={"rope_type": rope_type, **rope} if rope_type != "default" else None,
+                rms_norm_eps=hf.get("rms_norm_eps", 1e-6) * 1.0, rope_theta=theta, rope_scaling=scaling,
                 tie_word_embeddings=hf.get("tie_word_embeddings", False),
                 qkv_bias=kind == "qwen2" or bias, o_bias=kind != "qwen2" and bias, mlp_bias=hf.get("mlp_bias", False),
                 qk_norm=kind == "qwen3", dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
                 bos_token_id=hf.get("bos_token_id"), eos_token_id=hf.get("eos_token_id"))
+            config._check()
         except KeyError as missing:
             raise ValueError(f"config.json: the key {missing} is missing") from None
-        config._check()
+        except (TypeError, ZeroDivisionError, OverflowError) as error:
+            raise ValueError(f"config.json: a value is of the wrong type or size ({error})") from None
         return config
 
     def _check(self) -> None:
@@ -108,6 +94,10 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or not 0 < value < 2**31):
                 raise ValueError(f"config.json: {field.name} must be a positive whole number, not {value!r}")
+            if field.type is float and not 0 < value < math.inf:
+                raise ValueError(f"config.json: {field.name} must be a positive number, not {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"config.json: {field.name} (or attention_bias) must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError("config.json: num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
         if self.dtype not in DTYPES:
@@ -120,6 +110,35 @@ class ModelConfig:
             "architectures": [{"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[self.model_type] + "ForCausalLM"],
             "torch_dtype": self.dtype, "hidden_act": "silu", "use_cache": True, "initializer_range": 0.02,
             "attention_bias": self.o_bias}
+
+
+def refuse_unsupported(hf: dict) -> None:
+    """ValueError, naming the key, for a config.json whose model this module does not compute faithfully."""
+    if hf.get("model_type") not in ("qwen2", "qwen3", "llama"):
+        raise ValueError(f"config.json: model_type {hf.get('model_type')!r} is not one of qwen2, qwen3, llama")
+    if hf.get("quantization_config"):
+        raise ValueError("config.json: quantization_config: quantized weights are not supported; use the original")
+    if hf.get("use_sliding_window") or "sliding_attention" in str(hf.get("layer_types")):
+        raise ValueError("config.json: sliding window attention (use_sliding_window / layer_types) is not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported, only silu")
+
+
+def rope_settings(hf: dict) -> tuple[float, dict | None]:
+    """rope_theta, and the scaling of Llama 3 or YaRN with its own keys, if any."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters / rope_scaling must be an object, not {rope!r}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = (rope.get("rope_theta") or hf.get("rope_theta", 10000.0)) * 1.0  # a string or a list is a TypeError
+    keys = {k: v for k, v in rope.items() if v is not None and k not in ("rope_type", "type", "rope_theta")}
+    needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
+    optional = {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
+    if kind not in needed or not needed[kind] <= set(keys) <= needed[kind] | optional:
+        raise ValueError(f"config.json: rope_type {kind!r} with keys {sorted(keys)} is not supported")
+    if wrong := [k for k, v in keys.items() if k != "truncate" and not 0 < v < math.inf]:
+        raise ValueError(f"config.json: rope {wrong[0]} must be a positive number, not {keys[wrong[0]]!r}")
+    return theta, {"rope_type": kind, **keys} if kind != "default" else None
 
 
 # ---------------------------------------------------------------------------------------------- the network

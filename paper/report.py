@@ -3,7 +3,7 @@ r"""One page about a run: report.html, self-contained, for a laptop or a phone, 
     python -m paper.report runs/toy [--out FILE]
 
 It shows what the folder holds and passes over what it does not: results.json (sections that another program wrote),
-run.json, table.json, the curves of metrics.jsonl and evals.jsonl, the responses of rollouts.jsonl. `svg` draws one figure.
+run.json, table.json, the curves of metrics.jsonl and evals.jsonl, the responses of rollouts.jsonl.
 
 What a model or a corpus wrote is hostile until escaped. It enters the page as HTML or SVG text through `escape`, or as
 JSON through `embed`, which leaves no `<` for the HTML parser; the page's one script puts it into text nodes, and the
@@ -42,8 +42,7 @@ CURVES: tuple[tuple[str, str, dict[str, str], dict[str, Any]], ...] = (
     ("Gradient norm", "before clipping", {"norm": "grad_norm"}, {"y_range": [0]}),
     ("Sampler against trainer", "|difference of log-probability|, nats",
      {"mean": "logprob_diff", "largest": "logprob_diff_max"}, {"log_y": True}),
-    ("Speed", "tokens per second",
-     {"decode": "time.decode_tokens_per_s", "train": "time.train_tokens_per_s"}, {"y_range": [0]}),
+    ("Speed", "tokens per second", {"decode": "decode_tokens_per_s", "train": "train_tokens_per_s"}, {"y_range": [0]}),
 )
 MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l4.8 8.5h-9.6z", "M0-5l5 5l-5 5l-5-5z")
 DASHES, COLOURS = ("none", "6 3", "2 3", "8 3 2 3"), 6
@@ -62,31 +61,31 @@ CSS = """
 --soft:#f3f5f7;--right:#08795a;--wrong:#b8480c;--unparsable:#6a6f78;--mark:#ffe9a0}
 @media(prefers-color-scheme:dark){:root{--bg:#101317;--card:#181c22;--ink:#e4e8ec;--muted:#99a3ae;--rule:#2a3038;
 --accent:#56b4e9;--soft:#1f242b;--right:#41c596;--wrong:#f18d52;--unparsable:#a3aab3;--mark:#5d4d12}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}main{max-width:1120px;margin:0 auto;padding:40px 20px 80px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:21px;margin:52px 0 12px}p{max-width:72ch;margin:0 0 14px}
-.quiet,summary{color:var(--muted);font-size:14.5px}summary{cursor:pointer}figure{margin:0}[hidden]{display:none!important}
-.tiles,.plots{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));margin:22px 0}
-.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}.plots>*{padding:14px 12px 8px}
+*{box-sizing:border-box}[hidden]{display:none!important}body{margin:0;background:var(--bg);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;overflow-wrap:anywhere}figure{margin:0}
+main{max-width:1120px;margin:0 auto;padding:40px 20px 80px}p{max-width:72ch;margin:0 0 14px}summary{cursor:pointer}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:21px;margin:52px 0 12px}
+.quiet,summary{color:var(--muted);font-size:14.5px}.plot{display:block;width:100%;height:auto}
+.tiles,.plots,.responses{display:grid;gap:14px;margin:18px 0;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}.plots>:only-child{max-width:620px;grid-column:1/-1}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:14px 18px;min-width:0}
-.tile{font-size:13.5px;line-height:1.4;color:var(--muted)}.tile b{display:block;font-size:24px;font-weight:600;
-color:var(--ink);margin:2px 0;font-variant-numeric:tabular-nums}.plot{display:block;width:100%;height:auto}
-.plots>:only-child{max-width:620px;grid-column:1/-1}.scroll{overflow-x:auto;padding:4px 18px;margin:14px 0}
+.plots .card{padding:12px 10px 6px}.tile{font-size:13.5px;line-height:1.4;color:var(--muted)}
+.tile b{display:block;font-size:23px;font-weight:600;color:var(--ink);margin:2px 0}.scroll{overflow-x:auto;padding:4px 18px}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 td,th{padding:9px 24px 9px 0;text-align:left;vertical-align:top;border-top:1px solid var(--rule);font-weight:400}
-thead th{color:var(--muted);white-space:nowrap;border:0}td:not(:first-child){min-width:7em}
-.tools{display:flex;flex-wrap:wrap;gap:8px;align-items:center;position:sticky;top:0;background:var(--bg);padding:10px 0}
-button,select{font:inherit;font-size:14.5px;min-height:38px;color:inherit;background:var(--card);border-radius:8px;
-border:1px solid var(--rule);padding:5px 11px;cursor:pointer}#more{margin:8px auto;display:block}
-button[aria-pressed=true]{border-color:var(--accent);color:var(--accent)}:focus-visible{outline:2px solid var(--accent)}
-.question{margin:14px 0}.text{white-space:pre-wrap;unicode-bidi:isolate;font:13.5px/1.6 ui-monospace,Menlo,monospace}
-.context{background:var(--soft);border-radius:8px;padding:12px 14px;margin:8px 0 12px;max-height:19em;overflow:auto}
+thead th{color:var(--muted);border:0}th,.n{white-space:nowrap}
+.tools{display:flex;flex-wrap:wrap;gap:8px;position:sticky;top:0;background:var(--bg);padding:10px 0}
+button,select{font:inherit;font-size:14.5px;min-height:40px;color:inherit;background:var(--card);padding:5px 11px;
+border:1px solid var(--rule);border-radius:8px;cursor:pointer}:focus-visible{outline:2px solid var(--accent)}
+button[aria-pressed=true]{border-color:var(--accent);color:var(--accent)}.question{margin:14px 0}
+.text{white-space:pre-wrap;unicode-bidi:isolate;font:13.5px/1.6 ui-monospace,Menlo,Consolas,monospace}
+.context,.response .text{max-height:18em;overflow:auto}.context{background:var(--soft);border-radius:8px;padding:12px 14px}
 .caret{display:inline-block;width:3px;height:1.3em;margin:0 1px;vertical-align:-.25em;background:var(--accent)}
 .truth,.tag{color:var(--muted)}mark{background:var(--mark);color:inherit;border-radius:3px;font-weight:700}
-.responses{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
+.responses{gap:10px;margin:12px 0 0;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
 .response{border:1px solid var(--rule);border-left:4px solid var(--k);border-radius:8px;padding:9px 12px;min-width:0}
-.response .text{max-height:17em;overflow:auto}.facts{display:flex;flex-wrap:wrap;gap:0 12px;color:var(--muted)}
-.facts{font-size:13px}.facts b{color:var(--k)}.right{--k:var(--right)}.wrong{--k:var(--wrong)}.unparsable{--k:var(--unparsable)}
+.facts{display:flex;flex-wrap:wrap;gap:0 12px;color:var(--muted);font-size:13px}.facts b{color:var(--k)}
+.right{--k:var(--right)}.wrong{--k:var(--wrong)}.unparsable{--k:var(--unparsable)}
 @media(max-width:520px){main{padding:26px 14px 60px}h1{font-size:25px}.card{padding:12px 14px}.tools{gap:6px}}
 """
 
@@ -120,7 +119,7 @@ function card(q) {
   const chosen = q.responses.filter(r => wanted < 0 || r[0] === wanted), right = q.responses.filter(r => r[0] === 0);
   const shown = chosen.length < q.responses.length ? `, ${chosen.length} shown` : "";
   return make("article", "card question",
-    make("div", "quiet", `${q.about}. ${right.length} of ${q.responses.length} right${shown}.`),
+    make("div", "quiet", `${q.about}: ${right.length} of ${q.responses.length} right${shown}`),
     make("div", "text context", q.context, make("span", "caret"), make("span", "truth", q.truth)),
     make("div", "responses", ...chosen.map(response)));
 }
@@ -132,13 +131,13 @@ function show() {
   const at = $("step").selectedIndex, here = questions.filter(q => !at || q.step === steps[at - 1]);
   const kinds = here.flatMap(q => q.responses.map(r => r[0]));
   found = here.filter(q => wanted < 0 || q.responses.some(r => r[0] === wanted));
-  for (const button of $("kinds").children) {
+  for (const button of document.querySelectorAll(".tools button")) {
     const kind = +button.value, count = kinds.filter(k => kind < 0 || k === kind).length;
     button.textContent = `${kind < 0 ? "all" : KINDS[kind]} ${count.toLocaleString("en")}`;
     button.setAttribute("aria-pressed", String(kind === wanted));
     button.onclick = () => { wanted = kind; show(); };
   }
-  $("questions").replaceChildren();
+  $("questions").replaceChildren(found.length ? "" : "None here.");
   drawn = 0;
   more();
 }
@@ -276,10 +275,11 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
         parts += draw([(left + 10, top + 9, None, None)] if marks else [], style, False, True)
         parts.append(f'<text x="{left + 26}" y="{top + 13.5}">{escape(name)}</text>')
         left += 44 + 7 * len(name)
-    top += (22 if len(styles) > 1 else 0) + (22 if unit else 6)
+    top += (22 if len(styles) > 1 else 0) + (25 if unit else 6)
     height = max(height, int(top) + 150)  # a long legend does not eat the figure
     every, bottom = [p for *_, points in series for p in points], height - (46 if figure.get("x") else 28)
-    y_of, y_ticks = axis([v for p in every for v in p[1:]], figure.get("y_range") or [], bool(figure.get("log_y")), bottom, top)
+    values, reach = [v for p in every for v in p[1:]], figure.get("y_range") or []
+    y_of, y_ticks = axis(values, reach, bool(figure.get("log_y")), bottom, top)
     left = 18 + 7.5 * max(len(tick_label(y)) for y in y_ticks)
     x_of, x_ticks = axis([p[0] for p in every], [], bool(figure.get("log_x")), left, width - 22)
     for y in y_ticks:
@@ -290,22 +290,23 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
     for name, line, marks, points in series:
         placed = [(x_of(x), *map(y_of, rest)) for x, *rest in points]
         parts += draw(placed, styles[name], line, marks)
-    texts = [(12, 20, "start", "title", title), (10, top - 9, "start", "unit", unit),
+    texts = [(12, 20, "start", "title", title), (12, top - 13, "start", "unit", unit),
              ((left + width) / 2, height - 9, "middle", "unit", escape(figure.get("x", "")))]
-    parts += [f'<text x="{x}" y="{y}" text-anchor="{at}" class="{kind}">{text}</text>' for x, y, at, kind, text in texts]
+    parts += [f'<text x="{x}" y="{y}" text-anchor="{at}" class="{of}">{text}</text>' for x, y, at, of, text in texts]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" aria-label="{title}" width="{width}" '
             f'height="{height}" viewBox="0 0 {width} {height}"><style>{PLOT_STYLE}</style>{"".join(parts)}</svg>')
 
 
 def section(given: dict) -> str:
     """HTML of {"title", "text", "table": {"head", "rows"}, "figure" or "figures"}, each of them optional."""
-    parts = [f"<h2>{escape(given.get('title', ''))}</h2>"]
+    parts = [f"<h2>{escape(given['title'])}</h2>"] if given.get("title") else []
     parts += [f"<p>{escape(p)}</p>" for p in re.split(r"\n\s*\n", str(given.get("text") or "")) if p.strip()]
     if table := given.get("table"):
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.get("head") or [])
-        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.get("rows") or []]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        parts.append(f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        rows = ["".join(f'<td class="{"n" if len(str(cell)) < 30 else ""}">{escape(cell)}</td>' for cell in row)
+                for row in table.get("rows") or []]
+        parts.append(f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>'
+                     f'{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div>')
     figures = [figure for figure in (given.get("figure"), *(given.get("figures") or [])) if figure]
     size = (400, 260) if len(figures) > 1 else (520, 340)
     plots = "".join(f'<figure class="card">{svg(figure, *size)}</figure>' for figure in figures)
@@ -326,25 +327,17 @@ def accuracy_section(table: dict) -> list[dict]:
     measures = dict.fromkeys(m for values in splits.values() for m, value in values.items() if spread(value, m))
     rows = [[f"{model}, {measure}", *(spread(of.get(split, {}).get(measure), measure) for split in splits)]
             for measure in measures for model, of in table.items()]
-    text = ("On held-out text, in per cent (length in tokens), with 95 % intervals over documents. The splits are positions "
-            "of more than 0.5, 1.0 and 1.5 nats of entropy, so each contains the next.")
+    text = "On held-out text, in per cent (length in tokens), with 95 % intervals over documents; in brackets, questions."
     head = ["", *(f"{split} ({values.get('questions', '?')})" for split, values in splits.items())]
     return [{"title": "Next-token accuracy", "text": text, "table": {"head": head, "rows": rows}}] if rows else []
-
-
-def lookup(row: object, key: str) -> float | None:
-    """The number under a key like "time.seconds", None if there is none."""
-    for part in key.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return number(row)
 
 
 def curve_sections(metrics: list[dict], evals: list[dict]) -> list[dict]:
     """What happened during training, and the evaluations on held-out text in between."""
     training, rows = [], evenly(metrics, CURVE_POINTS)
     for title, unit, keys, more in CURVES:
-        series = [{"name": name, "x": [row.get("step") for row in rows], "y": [lookup(row, key) for row in rows]}
-                  for name, key in keys.items() if any(lookup(row, key) is not None for row in rows)]
+        series = [{"name": name, "x": [row.get("step") for row in rows], "y": [number(row.get(key)) for row in rows]}
+                  for name, key in keys.items() if any(number(row.get(key)) is not None for row in rows)]
         training += [{"title": title, "x": "step", "y": unit, "series": series, **more}] if series else []
     held_out, splits = {}, {split: of for split, of in (evals[-1] if evals else {}).items() if isinstance(of, dict)}
     for measure, split in ((m, split) for split, of in splits.items() for m, value in of.items() if spread(value, m)):
@@ -357,54 +350,48 @@ def curve_sections(metrics: list[dict], evals: list[dict]) -> list[dict]:
                         {"title": "Evaluations on held-out text", "figures": list(held_out.values())}) if s["figures"]]
 
 
-def clipped(value: object) -> str:
-    """Text of at most TEXT_CHARS characters and a note on what was left out of its middle; "" for None."""
-    text, half = "" if value is None else str(value), TEXT_CHARS // 2
-    dropped = len(text) - 2 * half
-    return text if dropped <= 0 else f"{text[:half]}\n[... {dropped:,} characters left out ...]\n{text[-half:]}"
-
-
 def compact(rows: list[dict]) -> dict:
-    """A question, its responses as [outcome, text, reward, prediction, advantage, finished, tokens]: what the script reads."""
-    row, responses = rows[0], []
-    about = ", ".join(f"{key} {clipped(row.get(key))}" for key in ("step", "question", "document", "position"))
-    about += "" if number(row.get("entropy")) is None else f", entropy {number(row['entropy']):.2f} nats"
-    for r in rows:
-        reward, prediction = number(r.get("reward")), r.get("prediction")
+    """What SCRIPT reads: a question, its responses as [outcome, text, reward, prediction, advantage, finished, tokens]."""
+    def text(value: object) -> str:
+        whole, half = str(value), TEXT_CHARS // 2
+        return whole if len(whole) <= TEXT_CHARS else f"{whole[:half]}\n[... left out ...]\n{whole[-half:]}"
+
+    first, responses = rows[0], []
+    about = ", ".join(f"{key} {first.get(key)}" for key in ("step", "question", "document", "position"))
+    about += "" if number(first.get("entropy")) is None else f", {first['entropy']:.2f} nats"
+    for row in rows:
+        reward, prediction = number(row.get("reward")), row.get("prediction")
         outcome = 2 if prediction is None else 0 if (reward or 0) >= 1 else 1
-        responses.append([outcome, clipped(r.get("response")), reward, prediction and clipped(prediction),
-                          number(r.get("advantage")), bool(r.get("finished")), number(r.get("tokens"))])
-    return {"step": number(row.get("step")), "about": about, "context": clipped(row.get("context")),
-            "truth": clipped(row.get("truth")), "responses": responses}
+        responses.append([outcome, text(row.get("response", "")), reward, prediction and text(prediction),
+                          number(row.get("advantage")), bool(row.get("finished")), number(row.get("tokens"))])
+    return {"step": number(first.get("step")), "about": text(about), "context": text(first.get("context", "")),
+            "truth": text(first.get("truth", "")), "responses": responses}
 
 
 def sample_rollouts(path: Path) -> tuple[list[dict], str]:
     """The questions of rollouts.jsonl that fit into PAGE_BYTES, and a sentence on what was left out.
 
-    Whole steps at even distances; where STEPS of them are too many, also questions at even distances in each.
+    Whole steps at even distances, or questions at even distances if fewer than STEPS whole steps fit.
     """
     def name(row: dict) -> tuple[float | None, str]:
         return number(row.get("step")), json.dumps(row.get("question"))
 
-    sizes: dict[float | None, dict[str, int]] = {}
+    sizes: dict[tuple[float | None, str], int] = {}  # bytes in the page
     for row in read_lines(path):
-        step, question = name(row)
-        of = sizes.setdefault(step, {})
-        of[question] = of.get(question, 0) + len(embed(compact([row])).encode())
-    if not sizes:
-        return [], ""
-    totals, steps, each = [sum(of.values()) for of in sizes.values()], len(sizes), max(map(len, sizes.values()))
-    if sum(totals) > PAGE_BYTES:
-        steps = min(steps, max(STEPS, PAGE_BYTES // max(totals)))
-        if steps * max(totals) > PAGE_BYTES:
-            each = max(1, PAGE_BYTES // (steps * max(size for of in sizes.values() for size in of.values())))
-    chosen = {(step, question): [] for step in evenly(list(sizes), steps) for question in evenly(list(sizes[step]), each)}
+        sizes[name(row)] = sizes.get(name(row), 0) + len(embed(compact([row])).encode())
+    kept, steps = list(sizes), list(dict.fromkeys(step for step, _ in sizes))
+    if sum(sizes.values()) > PAGE_BYTES:
+        totals = [sum(size for key, size in sizes.items() if key[0] == step) for step in steps]
+        fit = evenly(steps, PAGE_BYTES // max(totals))
+        kept = ([key for key in kept if key[0] in fit] if len(fit) >= min(STEPS, len(steps))
+                else evenly(kept, PAGE_BYTES // max(sizes.values())))
+    chosen: dict[tuple[float | None, str], list[dict]] = {key: [] for key in kept}
     for row in read_lines(path):
         if name(row) in chosen:
             chosen[name(row)].append(row)
-    count = sum(map(len, sizes.values()))
-    note = f" These are {len(chosen):,} of {count:,} questions, from {steps:,} of {len(sizes):,} steps, evenly spaced."
-    return [compact(rows) for rows in chosen.values()], note if len(chosen) < count else ""
+    note = (f" To keep the page small these are {len(kept):,} of {len(sizes):,} questions, evenly spaced, from "
+            f"{len({step for step, _ in kept}):,} of {len(steps):,} steps.")
+    return [compact(rows) for rows in chosen.values()], note if len(kept) < len(sizes) else ""
 
 
 def browser(path: Path) -> str:
@@ -420,11 +407,12 @@ def browser(path: Path) -> str:
         + "</article>" for q in evenly(questions, 4))
     return (
         f"<section><h2>Rollouts</h2><p>{sum(len(q['responses']) for q in questions):,} responses to {len(questions):,} "
-        f"questions.{note} The bar marks the spot to predict, and the grey text after it is what the document says. A response "
-        f"is right if its reward is at least 1, unparsable if it holds no prediction.</p><noscript>{still}</noscript>"
-        f'<div id="browser" hidden><div class="tools"><span id="kinds">{buttons}</span><select id="step" aria-label="step">'
-        f'<option>all steps</option></select></div><div id="questions"></div><button id="more">show more</button></div></section>'
-        f'<script type="application/json" id="data">{embed(questions)}</script><script>{SCRIPT}</script>')
+        f"questions.{note} The bar marks the spot to predict, and the grey text after it is what the document says. A "
+        f"response is right if its reward is at least 1, unparsable if it holds no prediction.</p>"
+        f'<noscript>{still}</noscript><div id="browser" hidden><div class="tools">{buttons}<select id="step" '
+        f'aria-label="step"><option>all steps</option></select></div><div id="questions"></div><p><button id="more">'
+        f'show more</button></p></div></section><script type="application/json" id="data">{embed(questions)}</script>'
+        f"<script>{SCRIPT}</script>")
 
 
 def header(run: dict, metrics: list[dict], table: dict, title: str) -> str:
@@ -432,42 +420,42 @@ def header(run: dict, metrics: list[dict], table: dict, title: str) -> str:
     stages = {"rpt": "Reinforcement Pre-Training", "ntp": "Next-token training", "rlvr": "RL with verifiable rewards"}
     shown = {"model": "model", "seed": "seed", "steps": "steps", "reward": "reward", "questions": "questions a step",
              "group_size": "responses to each", "temperature": "temperature", "lr": "learning rate"}
-    facts = "; ".join(f"{text} {run[key]}" for key, text in shown.items() if run.get(key) not in (None, ""))
+    facts = "; ".join(f"{name} {run[key]}" for key, name in shown.items() if run.get(key) not in (None, ""))
     tiles, window, models = [], max(1, min(10, len(metrics) // 10)), list(table)
     for split in table[models[0]] if len(models) > 1 else ():
         ends = table[models[0]][split].get("standard"), table[models[-1]].get(split, {}).get("reasoning")
         if all(spread(end, "") for end in ends):
             tiles.append((f"accuracy in %, {split}", f"{100 * ends[0][0]:.1f} → {100 * ends[1][0]:.1f}",
                           f"{models[0]} standard → {models[-1]} reasoning"))
-    for text, key, digits in (("reward", "reward", 2), ("response length, tokens", "length", 1), ("loss", "loss", 3)):
-        values = [value for row in metrics if (value := lookup(row, key)) is not None]
-        if values:
-            ends = [sum(part) / len(part) for part in (values[:window], values[-window:])]
-            tiles.append((text, " → ".join(f"{end:.{digits}f}" for end in ends), f"first {window} → last {window} steps"))
-    seconds = sum(lookup(row, "time.seconds") or 0 for row in metrics)
-    if seconds:
-        tiles.append(("time of the steps", f"{seconds / 60:,.1f} min", f"{len(metrics):,} steps"))
-    cards = "".join(f'<div class="card tile">{escape(text)}<b>{escape(value)}</b>{escape(note)}</div>' for text, value, note in tiles)
-    settings = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in run.items())
-    details = f'<details><summary>All settings</summary><div class="card scroll"><table>{settings}</table></div></details>'
-    return (f"<header><h1>{escape(title or stages.get(run.get('stage'), 'A run'))}</h1><p class=quiet>{escape(facts)}</p>"
-            f'<div class="tiles">{cards}</div>{details if run else ""}</header>')
+    for name, key in (("reward", "reward"), ("tokens a response", "length"), ("entropy, nats", "entropy"), ("loss", "loss")):
+        values = [value for row in metrics if (value := number(row.get(key))) is not None]
+        if values and len(tiles) < 6:
+            first, last = (sum(part) / len(part) for part in (values[:window], values[-window:]))
+            tiles.append((name, f"{first:.2f} → {last:.2f}", f"first {window} → last {window} steps"))
+    cards = "".join(f'<div class="card tile">{escape(name)}<b>{escape(value)}</b>{escape(note)}</div>'
+                    for name, value, note in tiles)
+    settings = section({"table": {"head": ["setting", "value"], "rows": run.items()}})
+    title = title or stages.get(run.get("stage"), "A run")
+    return (f'<header><h1>{escape(title)}</h1><p class="quiet">{escape(facts)}</p>'
+            f'<div class="tiles">{cards}</div><details><summary>All settings</summary>{settings}</details></header>')
 
 
 def page(folder: Path) -> str:
     """The page about a run. Raises ValueError if there is nothing to show, or if a file is not what its name says."""
-    metrics, evals = (list(read_lines(folder / name)) for name in ("metrics.jsonl", "evals.jsonl"))
+    metrics = [row | (row.get("time") or {}) for row in read_lines(folder / "metrics.jsonl")]
+    evals = list(read_lines(folder / "evals.jsonl"))
     run, table, results = (read_json(folder / name) for name in ("run.json", "table.json", "results.json"))
     if not metrics and not results:
-        raise ValueError(f"{folder}: no metrics.jsonl and no results.json with anything in it; give the folder of a run")
+        raise ValueError(f"{folder}: neither metrics.jsonl nor results.json to show; give the folder of a run")
+    title = str(results.get("title", ""))
     sections = [*(results.get("sections") or []), *accuracy_section(table), *curve_sections(metrics, evals)]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
               "base-uri 'none'; form-action 'none'")
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
             f'content="{policy}"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(results.get('title') or folder.resolve().name)}</title><style>{CSS}</style></head><body><main>"
-            f"{header(run, metrics, table, results.get('title', ''))}{''.join(map(section, sections))}"
+            f"<title>{escape(title or folder.resolve().name)}</title><style>{CSS}</style></head><body><main>"
+            f"{header(run, metrics, table, title)}{''.join(map(section, sections))}"
             f"{browser(folder / 'rollouts.jsonl')}</main></body></html>\n")
 
 

@@ -8,6 +8,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+import data
+import train
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,3 +62,18 @@ class ExplicitDevices(TorchFunctionMode):
                     args, (torch.ones_like(args[0]),), bool(kwargs.get("retain_graph")), False, (),
                     allow_unreachable=True, accumulate_grad=True)
         return func(*args, **kwargs)
+
+
+def weak_base(folder: Path) -> None:
+    """Writes corpus.jsonl, answers.jsonl and base/model, a toy model that knows the format and little else."""
+    data.write_toy(folder, seed=0, count=400)
+    tokenizer = data.toy_tokenizer()
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict(train.TOY_MODEL | {"vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96})
+    train.export(Transformer(config), tokenizer, folder / "init")
+    run, method, _ = train.parse(["--model", str(folder / "init"), "--corpus", "none", "--out", str(folder / "base"), "--stage",
+                                  "ntp", "--optimizer", "muon", "--lr", "0.02", "--steps", "90", "--questions", "32",
+                                  "--decay", "0.3", "--save-every", "1000"])
+    held = data.split_holdout(data.read_corpus(folder / "corpus.jsonl"), 40, 0)[1]
+    stories = data.toy_stories(90 * 32, seed=1, exclude=frozenset(d.text for d in held))
+    train.ntp_stage(run, method, torch.device("cpu"), data.toy_runs(tokenizer, stories, 0))
