@@ -611,8 +611,8 @@ def toy_tokenizer() -> Tokenizer:
 def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
-    35 % documents. 35 % problems answered with a full, correct thought. 30 % next-token questions answered by a weak
-    annotator: 70 % bare guesses of any cup, 25 % thoughts that stop early, 5 % right.
+    35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 % next-token
+    questions answered by a weak annotator: 70 % bare guesses of any cup, 25 % thoughts that stop early, 5 % right.
     """
     random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
     for story in stories:

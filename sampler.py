@@ -85,8 +85,8 @@ class DecodeCache:
         self.position = torch.cat((self.position, torch.tensor(
             [end for end, count in zip(prompts.ends, counts) for _ in range(count)], device=self.device)))
         self.counts += counts
-        rows = sum(counts)
-        self.cohorts.append(_Cohort([(k.new_zeros(rows, *k.mT.shape[1:3], 0), v.new_zeros(rows, v.shape[1], 0, v.shape[3]))
+        rows, (_, kv_heads, _, d) = sum(counts), layers[0][0].shape
+        self.cohorts.append(_Cohort([(k.new_zeros(rows, kv_heads, d, 0), v.new_zeros(rows, kv_heads, 0, d))
                                      for k, v in layers], [0] * rows))
         while len(self.cohorts) > COHORTS:  # merge the neighbours that then have the fewest columns to mask
             n = min(range(len(self.cohorts) - 1), key=lambda n: self.cohorts[n].masked_with(self.cohorts[n + 1]))
@@ -116,7 +116,7 @@ class DecodeCache:
         self._index()
 
     def _index(self) -> None:
-        """Where each row stands in the [groups, slots] layout of the product with the prompts, and the prompts' mask."""
+        """Where each row stands in the [groups, slots] layout of the product with prompts, and the prompts' mask."""
         self.slots = max(self.counts, default=0)
         first = np.cumsum([0] + self.counts)
         grid = [first[g] + min(s, count - 1) for g, count in enumerate(self.counts) for s in range(self.slots)]

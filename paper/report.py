@@ -66,20 +66,23 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;overflow-wrap:anywh
 main{max-width:1120px;margin:0 auto;padding:40px 20px 80px}p{max-width:72ch;margin:0 0 14px}summary{cursor:pointer}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:21px;margin:52px 0 12px}
 .quiet,summary{color:var(--muted);font-size:14.5px}.plot{display:block;width:100%;height:auto}
-.tiles,.plots,.responses{display:grid;gap:14px;margin:18px 0;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
-.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}.plots>:only-child{max-width:620px;grid-column:1/-1}
+.tiles,.plots,.responses{display:grid;gap:14px;margin:18px 0;grid-template-columns:repeat(auto-fit,minmax(160px,1fr))}
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.plots>:only-child{max-width:600px;grid-column:1/-1}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:14px 18px;min-width:0}
-.plots .card{padding:12px 10px 6px}.tile{font-size:13.5px;line-height:1.4;color:var(--muted)}
-.tile b{display:block;font-size:23px;font-weight:600;color:var(--ink);margin:2px 0}.scroll{overflow-x:auto;padding:4px 18px}
+.card.scroll{overflow-x:auto;padding:4px 18px}.plots .card{padding:12px 10px 6px}
+.tile{font-size:13.5px;line-height:1.4;color:var(--muted)}
+.tile b{display:block;font-size:20px;font-weight:600;color:var(--ink);white-space:nowrap}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 td,th{padding:9px 24px 9px 0;text-align:left;vertical-align:top;border-top:1px solid var(--rule);font-weight:400}
-thead th{color:var(--muted);border:0}th,.n{white-space:nowrap}
+thead th{color:var(--muted);border:0}th,.n{white-space:nowrap}td:not(.n){min-width:16em}
 .tools{display:flex;flex-wrap:wrap;gap:8px;position:sticky;top:0;background:var(--bg);padding:10px 0}
 button,select{font:inherit;font-size:14.5px;min-height:40px;color:inherit;background:var(--card);padding:5px 11px;
 border:1px solid var(--rule);border-radius:8px;cursor:pointer}:focus-visible{outline:2px solid var(--accent)}
 button[aria-pressed=true]{border-color:var(--accent);color:var(--accent)}.question{margin:14px 0}
 .text{white-space:pre-wrap;unicode-bidi:isolate;font:13.5px/1.6 ui-monospace,Menlo,Consolas,monospace}
-.context,.response .text{max-height:18em;overflow:auto}.context{background:var(--soft);border-radius:8px;padding:12px 14px}
+.context,.response .text{max-height:18em;overflow:auto}
+.context{background:var(--soft);border-radius:8px;padding:12px 14px;margin-top:8px}.facts{margin-bottom:4px}
 .caret{display:inline-block;width:3px;height:1.3em;margin:0 1px;vertical-align:-.25em;background:var(--accent)}
 .truth,.tag{color:var(--muted)}mark{background:var(--mark);color:inherit;border-radius:3px;font-weight:700}
 .responses{gap:10px;margin:12px 0 0;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
@@ -94,12 +97,12 @@ SCRIPT = r"""
 const KINDS = ["right", "wrong", "unparsable"], PAGE = 8, $ = id => document.getElementById(id);
 const questions = JSON.parse($("data").textContent), steps = [...new Set(questions.map(q => q.step))];
 let wanted = -1, found = [], drawn = 0;
-const visible = s => s.replace(/[\0-\x08\x0b-\x1f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0)));
-const fixed = x => x === null ? "unknown" : (x < 0 ? "\u2212" : "") + Math.abs(x).toFixed(2);
+const fixed = x => x === null ? "unknown" : String(+x.toFixed(2)).replace("-", "\u2212");
 function make(tag, kind, ...children) {
   const node = document.createElement(tag);
   node.className = kind;
-  node.append(...children.map(c => typeof c === "string" ? visible(c) : c));
+  const control = /[\0-\x08\x0b-\x1f]/g, picture = c => String.fromCharCode(0x2400 + c.charCodeAt(0));
+  node.append(...children.map(child => typeof child === "string" ? child.replace(control, picture) : child));
   return node;
 }
 function response([kind, text, reward, prediction, advantage, finished, tokens]) {
@@ -110,10 +113,9 @@ function response([kind, text, reward, prediction, advantage, finished, tokens])
   if (box > at + 6) parts.push(text.slice(at, box), make("mark", "", text.slice(box, at = box + prediction.length)));
   parts.push(text.slice(at), text ? "" : make("span", "tag", "(empty)"));
   const facts = ["reward " + fixed(reward), "advantage " + fixed(advantage), tokens + " tokens"];
-  return make("div", "response " + KINDS[kind],
-    make("div", "facts", make("b", "", KINDS[kind]), ...facts.map(fact => make("span", "", fact)),
-      finished ? "" : make("b", "", "not finished")),
-    make("div", "text", ...parts));
+  const line = make("div", "facts", make("b", "", KINDS[kind]), ...facts.map(fact => make("span", "", fact)));
+  if (!finished) line.append(make("b", "", "not finished"));
+  return make("div", "response " + KINDS[kind], line, make("div", "text", ...parts));
 }
 function card(q) {
   const chosen = q.responses.filter(r => wanted < 0 || r[0] === wanted), right = q.responses.filter(r => r[0] === 0);
@@ -252,30 +254,36 @@ def draw(points: Sequence[tuple], style: int, line: bool, marks: bool) -> Iterat
             yield f'<path class="mark {colour}" transform="translate({x} {y})" d="{marker}"/>'
 
 
+def legend(series: Sequence[tuple], width: int, top: float) -> tuple[list[str], float]:
+    """A sample and the name of each style, in rows from `top` on, and where the rows end."""
+    parts, left = [], 10.0
+    for style, name in dict.fromkeys((style, name) for name, style, *_ in series):
+        if left > 10 and left + 30 + 7 * len(name) > width:
+            left, top = 10.0, top + 19
+        for _, _, line, marks, _ in (s for s in series if s[1] == style):
+            parts += draw([(x, top + 9, None, None) for x in (left, left + 20)] if line else [], style, True, False)
+            parts += draw([(left + 10, top + 9, None, None)] if marks else [], style, False, True)
+        parts.append(f'<text x="{left + 26}" y="{top + 13.5}">{escape(name)}</text>')
+        left += 44 + 7 * len(name)
+    return parts, top + 22
+
+
 def svg(figure: dict, width: int = 640, height: int = 360) -> str:
     """A standalone SVG of {"title", "x", "y", "log_x", "log_y", "y_range": values that the y axis must reach, "series":
     [{"name", "x", "y", "low", "high", "kind": "line" or "points"}]}. Series of one name, as a fit and its points, share
     a colour and an entry in the legend. low and high are drawn as a band around a line, as bars around points.
     """
-    series = []
-    for given in figure.get("series") or []:
-        x, y, low, high = ([number(v) for v in given.get(key) or []] for key in ("x", "y", "low", "high"))
+    given = figure.get("series") or []
+    styles = {name: n for n, name in enumerate(dict.fromkeys(str(s.get("name", ""))[:60] for s in given))}
+    dotted, series = {str(s.get("name", ""))[:60] for s in given if s.get("kind") == "points"}, []
+    for s in given:
+        name, line = str(s.get("name", ""))[:60], s.get("kind") != "points"
+        x, y, low, high = ([number(v) for v in s.get(key) or []] for key in ("x", "y", "low", "high"))
         points = list(zip(x, y, low + [None] * len(x), high + [None] * len(x)))
-        line = given.get("kind") != "points"
-        series.append((str(given.get("name", ""))[:60], line, not line or len(points) <= 12, points))
-    styles = {name: n for n, name in enumerate(dict.fromkeys(name for name, *_ in series))}
+        series.append((name, styles[name], line, not line or len(x) <= 12 and name not in dotted, points))
     title, unit = (escape(str(figure.get(key, ""))[: width // 6]) for key in ("title", "y"))
-    parts, left, top = [], 10.0, 28.0 if title else 8.0
-    for name, style in styles.items() if len(styles) > 1 else ():
-        if left > 10 and left + 30 + 7 * len(name) > width:
-            left, top = 10.0, top + 19
-        line, marks = (any(n == name and s[k] for n, *s in series) for k in (0, 1))
-        ends = [(left, top + 9), (left + 20, top + 9)]
-        parts += draw([(*end, None, None) for end in ends] if line else [], style, line, False)
-        parts += draw([(left + 10, top + 9, None, None)] if marks else [], style, False, True)
-        parts.append(f'<text x="{left + 26}" y="{top + 13.5}">{escape(name)}</text>')
-        left += 44 + 7 * len(name)
-    top += (22 if len(styles) > 1 else 0) + (25 if unit else 6)
+    parts, top = legend(series, width, 28.0 if title else 8.0) if len(styles) > 1 else ([], 28.0 if title else 8.0)
+    top += 25 if unit else 6
     height = max(height, int(top) + 150)  # a long legend does not eat the figure
     every, bottom = [p for *_, points in series for p in points], height - (46 if figure.get("x") else 28)
     values, reach = [v for p in every for v in p[1:]], figure.get("y_range") or []
@@ -283,15 +291,13 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
     left = 18 + 7.5 * max(len(tick_label(y)) for y in y_ticks)
     x_of, x_ticks = axis([p[0] for p in every], [], bool(figure.get("log_x")), left, width - 22)
     for y in y_ticks:
-        parts.append(f'<path class="grid" d="M{left} {y_of(y)}H{width - 12}"/><text x="{left - 7}" y="{y_of(y) + 4.5}" '
-                     f'text-anchor="end">{tick_label(y)}</text>')
-    for x in x_ticks:
-        parts.append(f'<text x="{x_of(x)}" y="{bottom + 19}" text-anchor="middle">{tick_label(x)}</text>')
-    for name, line, marks, points in series:
-        placed = [(x_of(x), *map(y_of, rest)) for x, *rest in points]
-        parts += draw(placed, styles[name], line, marks)
+        parts.append(f'<path class="grid" d="M{left} {y_of(y)}H{width - 12}"/>')
+    for _, style, line, marks, points in series:
+        parts += draw([(x_of(x), *map(y_of, rest)) for x, *rest in points], style, line, marks)
     texts = [(12, 20, "start", "title", title), (12, top - 13, "start", "unit", unit),
-             ((left + width) / 2, height - 9, "middle", "unit", escape(figure.get("x", "")))]
+             ((left + width) / 2, height - 9, "middle", "unit", escape(figure.get("x", ""))),
+             *((left - 7, y_of(y) + 4.5, "end", "tick", tick_label(y)) for y in y_ticks),
+             *((x_of(x), bottom + 19, "middle", "tick", tick_label(x)) for x in x_ticks)]
     parts += [f'<text x="{x}" y="{y}" text-anchor="{at}" class="{of}">{text}</text>' for x, y, at, of, text in texts]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" aria-label="{title}" width="{width}" '
             f'height="{height}" viewBox="0 0 {width} {height}"><style>{PLOT_STYLE}</style>{"".join(parts)}</svg>')
@@ -308,9 +314,9 @@ def section(given: dict) -> str:
         parts.append(f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>'
                      f'{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div>')
     figures = [figure for figure in (given.get("figure"), *(given.get("figures") or [])) if figure]
-    size = (400, 260) if len(figures) > 1 else (520, 340)
+    size = (400, 260) if len(figures) > 1 else (480, 320)
     plots = "".join(f'<figure class="card">{svg(figure, *size)}</figure>' for figure in figures)
-    return f'<section>{"".join(parts)}<div class="plots">{plots}</div></section>'
+    return f'<section>{"".join(parts)}{plots and f"""<div class="plots">{plots}</div>"""}</section>'
 
 
 def spread(value: object, measure: str) -> str:
@@ -327,8 +333,8 @@ def accuracy_section(table: dict) -> list[dict]:
     measures = dict.fromkeys(m for values in splits.values() for m, value in values.items() if spread(value, m))
     rows = [[f"{model}, {measure}", *(spread(of.get(split, {}).get(measure), measure) for split in splits)]
             for measure in measures for model, of in table.items()]
-    text = "On held-out text, in per cent (length in tokens), with 95 % intervals over documents; in brackets, questions."
-    head = ["", *(f"{split} ({values.get('questions', '?')})" for split, values in splits.items())]
+    text = "On held-out text, in per cent, length in tokens, with 95 % intervals over documents."
+    head = ["", *(f"{split}, {values.get('questions', '?')} questions" for split, values in splits.items())]
     return [{"title": "Next-token accuracy", "text": text, "table": {"head": head, "rows": rows}}] if rows else []
 
 
@@ -342,7 +348,7 @@ def curve_sections(metrics: list[dict], evals: list[dict]) -> list[dict]:
     held_out, splits = {}, {split: of for split, of in (evals[-1] if evals else {}).items() if isinstance(of, dict)}
     for measure, split in ((m, split) for split, of in splits.items() for m, value in of.items() if spread(value, m)):
         values = [row.get(split, {}).get(measure) or [None] * 3 for row in evals]
-        figure = held_out.setdefault(measure, {"title": measure, "x": "step", "y": "mean and interval", "series": []})
+        figure = held_out.setdefault(measure, {"title": measure.capitalize(), "x": "step", "y": "mean", "series": []})
         figure["series"].append({"name": split, "x": [row.get("step") for row in evals]} |
                                 dict(zip(("y", "low", "high"), map(list, zip(*values)))))
     thinned = f"{len(rows):,} of {len(metrics):,} steps, evenly spaced." if len(rows) < len(metrics) else ""
@@ -351,7 +357,7 @@ def curve_sections(metrics: list[dict], evals: list[dict]) -> list[dict]:
 
 
 def compact(rows: list[dict]) -> dict:
-    """What SCRIPT reads: a question, its responses as [outcome, text, reward, prediction, advantage, finished, tokens]."""
+    """A question, and its responses as [outcome, text, reward, prediction, advantage, finished, tokens]."""
     def text(value: object) -> str:
         whole, half = str(value), TEXT_CHARS // 2
         return whole if len(whole) <= TEXT_CHARS else f"{whole[:half]}\n[... left out ...]\n{whole[-half:]}"
@@ -378,12 +384,15 @@ def sample_rollouts(path: Path) -> tuple[list[dict], str]:
 
     sizes: dict[tuple[float | None, str], int] = {}  # bytes in the page
     for row in read_lines(path):
-        sizes[name(row)] = sizes.get(name(row), 0) + len(embed(compact([row])).encode())
-    kept, steps = list(sizes), list(dict.fromkeys(step for step, _ in sizes))
-    if sum(sizes.values()) > PAGE_BYTES:
-        totals = [sum(size for key, size in sizes.items() if key[0] == step) for step in steps]
-        fit = evenly(steps, PAGE_BYTES // max(totals))
-        kept = ([key for key in kept if key[0] in fit] if len(fit) >= min(STEPS, len(steps))
+        new = compact([row]) if name(row) not in sizes else compact([row])["responses"]
+        sizes[name(row)] = sizes.get(name(row), 0) + len(embed(new).encode())
+    kept, steps = list(sizes), dict.fromkeys((step for step, _ in sizes), 0)
+    for (step, _), size in sizes.items():
+        steps[step] += size
+    if sum(steps.values()) > PAGE_BYTES:
+        fit = PAGE_BYTES // max(steps.values())
+        some = set(evenly(list(steps), fit))
+        kept = ([key for key in kept if key[0] in some] if fit >= STEPS
                 else evenly(kept, PAGE_BYTES // max(sizes.values())))
     chosen: dict[tuple[float | None, str], list[dict]] = {key: [] for key in kept}
     for row in read_lines(path):
@@ -418,26 +427,27 @@ def browser(path: Path) -> str:
 def header(run: dict, metrics: list[dict], table: dict, title: str) -> str:
     """What the run is, and the figures to know first."""
     stages = {"rpt": "Reinforcement Pre-Training", "ntp": "Next-token training", "rlvr": "RL with verifiable rewards"}
-    shown = {"model": "model", "seed": "seed", "steps": "steps", "reward": "reward", "questions": "questions a step",
-             "group_size": "responses to each", "temperature": "temperature", "lr": "learning rate"}
-    facts = "; ".join(f"{name} {run[key]}" for key, name in shown.items() if run.get(key) not in (None, ""))
+    facts = ", ".join(f"{key.replace('_', ' ')} {run[key]}" for key in (
+        "stage", "model", "seed", "steps", "reward", "questions", "group_size", "lr") if run.get(key) not in (None, ""))
     tiles, window, models = [], max(1, min(10, len(metrics) // 10)), list(table)
     for split in table[models[0]] if len(models) > 1 else ():
         ends = table[models[0]][split].get("standard"), table[models[-1]].get(split, {}).get("reasoning")
         if all(spread(end, "") for end in ends):
-            tiles.append((f"accuracy in %, {split}", f"{100 * ends[0][0]:.1f} → {100 * ends[1][0]:.1f}",
+            tiles.append((f"accuracy in %, {split}", f"{100 * ends[0][0]:.0f} → {100 * ends[1][0]:.0f}",
                           f"{models[0]} standard → {models[-1]} reasoning"))
-    for name, key in (("reward", "reward"), ("tokens a response", "length"), ("entropy, nats", "entropy"), ("loss", "loss")):
+    for name, key in (("reward", "reward"), ("response tokens", "length"), ("entropy", "entropy"), ("loss", "loss")):
         values = [value for row in metrics if (value := number(row.get(key))) is not None]
         if values and len(tiles) < 6:
             first, last = (sum(part) / len(part) for part in (values[:window], values[-window:]))
-            tiles.append((name, f"{first:.2f} → {last:.2f}", f"first {window} → last {window} steps"))
+            digits = 1 if last >= 10 else 2
+            tiles.append((name, f"{first:.{digits}f} → {last:.{digits}f}", f"first and last {window} steps"))
     cards = "".join(f'<div class="card tile">{escape(name)}<b>{escape(value)}</b>{escape(note)}</div>'
                     for name, value, note in tiles)
     settings = section({"table": {"head": ["setting", "value"], "rows": run.items()}})
+    details = f"<details><summary>All settings</summary>{settings}</details>" if run else ""
     title = title or stages.get(run.get("stage"), "A run")
     return (f'<header><h1>{escape(title)}</h1><p class="quiet">{escape(facts)}</p>'
-            f'<div class="tiles">{cards}</div><details><summary>All settings</summary>{settings}</details></header>')
+            f'<div class="tiles">{cards}</div>{details}</header>')
 
 
 def page(folder: Path) -> str:

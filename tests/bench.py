@@ -4,13 +4,12 @@
 
 Whatever is compared is measured in one run, in turns, after one turn that does not count; figures are medians, and
 only their ratios mean anything on a machine that others use. Same weights (through save_pretrained), prompts, dtype
-and threads on both sides. Peak memory is that of a fresh process above what it held before the work (ru_maxrss).
+and threads on both sides. Peak memory is that of a fresh process above what it held before the work (VmHWM, so on Linux only).
 """
 
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,8 +27,9 @@ from model import ModelConfig, Transformer, load_pretrained, save_pretrained  # 
 from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
 from sampler import Completion, _Batch, generate  # noqa: E402
 
-SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
-         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False, "max_position_embeddings": 4096}
+SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
+         "max_position_embeddings": 4096}
 PROMPTS, GROUP, NEW = 8, 8, 128
 LEARNING_RATE = 1e-5
 
@@ -72,11 +72,14 @@ def child(work: str, *arguments: object, command: Sequence[str] = (sys.executabl
 
 def peak(work: Callable[[], object], warm_up: Callable[[], object]) -> dict:
     """MiB by which `work` raises the highest memory of this process, and its seconds."""
+    def highest() -> float:  # not ru_maxrss, which begins with what the parent process had
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        return int(status["VmHWM"].split()[0]) / 1024
+
     warm_up()
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begin = highest(), time.perf_counter()
     result = work()
-    seconds = time.perf_counter() - begin
-    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds": seconds, "result": result}
+    return {"seconds": time.perf_counter() - begin, "mib": highest() - before, "result": result}
 
 
 # ---------------------------------------------------------------------------------------------- rollout and decode
@@ -138,8 +141,8 @@ def decode(quick: bool) -> dict[str, float]:
             batch.step()
         step = in_turns(8 if quick else 30, step=batch.step, products=work, copy=big.clone, square=lambda: wide @ wide)
         width = batch.cache.cohorts[0].width
-        heads, layers = SHAPE["num_key_value_heads"] * 32, SHAPE["num_hidden_layers"]
-        moved = 4 * (sum(p.numel() for p in model.parameters()) + 2 * layers * heads * (PROMPTS * length + rows * width))
+        cached = 2 * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 32 * (PROMPTS * length + rows * width)
+        moved = 4 * (sum(p.numel() for p in model.parameters()) + cached)
         table |= {f"prompt {length}: a step, ms": 1e3 * step["step"],
                   f"prompt {length}: its matrix products alone, ms": 1e3 * step["products"],
                   f"prompt {length}: decode / rate of its products": step["products"] / step["step"],
@@ -175,7 +178,8 @@ def group(number: int, prompt: list[int], completions: list[Completion]) -> Grou
     return Group((0, number), None, prompt, completions, [b""] * len(completions), rewards, advantages)
 
 
-def training(model: Transformer, share: bool, prompt: int = 1024, new: int = NEW, size: int = GROUP) -> Callable[[], None]:
+def training(model: Transformer, share: bool, prompt: int = 1024, new: int = NEW,
+             size: int = GROUP) -> Callable[[], None]:
     """Forward and backward of one group's log-probabilities: its prompt once, or once per completion."""
     ids = questions(size + 1, max(prompt, new), model.config.vocab_size)
     whole = group(0, ids[0][:prompt], [Completion(run[:new], [0.0] * new, False) for run in ids[1:]])
@@ -204,8 +208,10 @@ def train(quick: bool) -> dict[str, float]:
     seconds = in_turns(1 if quick else 3, shared=training(model, True), repeated=training(model, False))
     memory = {name: child("train", share)["mib"] for name, share in (("shared", 1), ("repeated", 0))}
     difference = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-    return {**{f"{name}: s": value for name, value in seconds.items()}, **{f"{n}: peak MiB": m for n, m in memory.items()},
-            "repeated / shared": seconds["repeated"] / seconds["shared"], "relative difference of gradients": difference}
+    return {**{f"{name}: s": value for name, value in seconds.items()},
+            **{f"{name}: peak MiB": value for name, value in memory.items()},
+            "repeated / shared": seconds["repeated"] / seconds["shared"],
+            "relative difference of gradients": difference}
 
 
 def our_step(model: Transformer, optimizer: torch.optim.Optimizer, prompts: list[list[int]], eos: int) -> None:
@@ -250,9 +256,9 @@ def trl_trainer(rival, prompts: list[list[int]], steps: int):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t1")
     rows = Dataset.from_list([{"prompt": " ".join(f"t{i}" for i in prompt)} for prompt in prompts])
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=NEW, learning_rate=LEARNING_RATE, beta=0.0, temperature=1.0, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP, max_completion_length=NEW, learning_rate=LEARNING_RATE, beta=0.0, temperature=1.0,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
     rewards = itertools.cycle((0.0, 1.0))
     return GRPOTrainer(rival, lambda completions, **_: [next(rewards) for _ in completions], config, rows,
                        processing_class=tokenizer)
@@ -263,7 +269,7 @@ def trl_trainer(rival, prompts: list[list[int]], steps: int):
 
 def head_work(chunked: bool, tokens: int) -> Callable[[], float]:
     torch.manual_seed(0)
-    model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1, intermediate_size=8, tie_word_embeddings=True)
+    model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1, tie_word_embeddings=True)
     hidden, targets = torch.randn(tokens, 896, requires_grad=True), torch.randint(151936, (tokens,))
     model.head.grad = torch.zeros_like(model.head)
 
@@ -342,15 +348,16 @@ def main() -> None:
         else:
             print(json.dumps(one_of_several()))
         return
-    tables = {}
+    machine, tables = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}, {}
     for name in args.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         tables[name] = sections[name](args.quick)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(machine | tables, indent=2) + "\n")  # after each section: they take minutes
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for name, table in tables.items():
-        print(f"\n{sections[name].__doc__}\n" + "\n".join(f"  {key:<58} {value:>12,.4g}" for key, value in table.items()))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()} | tables, indent=2) + "\n")
+        print(f"\n{sections[name].__doc__}")
+        print("\n".join(f"  {key:<58} {value:>12,.4g}" for key, value in table.items()))
 
 
 if __name__ == "__main__":

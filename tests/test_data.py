@@ -921,18 +921,19 @@ def test_the_weak_reasoner_sees_the_mixture_that_is_described(toy):
     for story, run in zip(stories, toy_runs(toy, stories, seed=0), strict=True):
         assert run[-1:] == toy.eos_ids
         text, track = toy.bytes_of(run).decode(), play(story.problem)
-        document, answered, asked = (story.text + "<|im_end|>", toy.chat(story.problem + data.TOY_QUESTION),
-                                     toy.chat(TEMPLATES["toy"], toy.encode(story.text)[:-2]))
-        if text == document:
+        if text == story.text + "<|im_end|>":
             kinds["document"] += 1
             continue
-        asks = run[: len(asked)] == asked
-        thought, space, answer = ending.fullmatch(toy.bytes_of(run[len(asked if asks else answered):]).decode()).groups()
-        if not asks:
-            assert run[: len(answered)] == answered and (thought, space, answer) == (story.chain() + "\n", "", track[-1])
-            kinds["answered"] += 1
+        options = "".join(f"\n({cup}) {cup}" for cup in story.cups)
+        prompts = {"asked": toy.chat(TEMPLATES["toy"], toy.encode(story.text)[:-2]),
+                   "answered": toy.chat(story.problem + data.TOY_QUESTION),
+                   "chosen": toy.chat(story.problem + data.TOY_QUESTION + options)}
+        kind, prompt = next((kind, prompt) for kind, prompt in prompts.items() if run[: len(prompt)] == prompt)
+        kinds[kind] += 1
+        thought, space, answer = ending.fullmatch(toy.bytes_of(run[len(prompt):]).decode()).groups()
+        if kind != "asked":
+            assert (thought, space, answer) == (story.chain() + "\n", "", track[-1])
             continue
-        kinds["asked"] += 1
         assert space == " " and toy.bytes_of(toy.encode(story.text)[-2:]) == f" {track[-1]}.".encode()
         if not thought:
             efforts["guess"] += 1
@@ -946,7 +947,9 @@ def test_the_weak_reasoner_sees_the_mixture_that_is_described(toy):
     def near(count: int, share: float, total: int) -> bool:
         return abs(count - share * total) < 4 * (share * (1 - share) * total) ** 0.5
 
-    assert near(kinds["document"], 0.35, 2500) and near(kinds["answered"], 0.35, 2500) and near(kinds["asked"], 0.30, 2500)
+    solved = kinds["answered"] + kinds["chosen"]
+    assert near(kinds["document"], 0.35, 2500) and near(solved, 0.35, 2500) and near(kinds["asked"], 0.30, 2500)
+    assert near(kinds["chosen"], 0.30, solved)
     assert near(efforts["guess"], 0.70, kinds["asked"]) and near(efforts["early"], 0.25, kinds["asked"])
     assert near(efforts["right"], 0.05, kinds["asked"])
 

@@ -463,7 +463,7 @@ def test_a_directory_without_config_or_weights_says_so(checkpoint):
 
 
 def training_gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
-    """One forward and backward pass with everything that training uses: ragged segments and the fused head."""
+    """One forward and backward pass with everything that training uses: plain and ragged runs, the fused head."""
     with torch.device("cpu"):
         model = tiny("qwen3", rope_parameters=CASES["llama_yarn"]["rope_parameters"])
         targets, weights = torch.arange(8), torch.linspace(-1, 1, 8)
@@ -475,7 +475,8 @@ def training_gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         own = Segment([4, 4], CPU, parent, [1, 0])
         hidden = model(pad([[9, 10, 11, 12], [13, 14, 15, 16]], CPU), own).flatten(0, 1)
         logprobs, entropy = token_logprobs(model, hidden, targets, 0.8)
-        (weights * (logprobs + entropy)).sum().backward()
+        plain = model.logits(model(pad([[17, 18, 19]], CPU)))
+        ((weights * (logprobs + entropy)).sum() + plain.sum()).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -73,6 +73,24 @@ def test_sampled_completions_are_those_of_plain_forwards(max_rows):
             assert same(completion, plain_completion(model, prompt, choose, 40, EOS, 1.3))
 
 
+@pytest.mark.parametrize("cohorts", [1, 2, 4])
+def test_rows_of_many_ages_side_by_side_are_those_of_plain_forwards(cohorts, monkeypatch):
+    model, merged, merge = tiny("llama"), [], sampler._Cohort.merged
+    monkeypatch.setattr(sampler, "COHORTS", cohorts)
+    monkeypatch.setattr(sampler._Cohort, "merged", lambda *pair: merged.append(1) or merge(*pair))
+    prompts = [prompt[::step] + [number] for number in range(6) for step in (1, 2) for prompt in PROMPTS[:4]]
+    sampled = generate(model, prompts, max_new_tokens=40, temperature=1.5, eos_ids=EOS[:3], max_rows=16, seed=6)
+    assert len(merged) > 2
+    for key, (prompt, [completion]) in enumerate(zip(prompts, sampled)):
+        numbers = uniforms(6, key, 0, 40)
+
+        def choose(position, logits):
+            cumulative = (logits / 1.5).double().softmax(-1).cumsum(-1)
+            return int((cumulative > numbers[position]).nonzero()[0])
+
+        assert same(completion, plain_completion(model, prompt, choose, 40, EOS[:3], 1.5))
+
+
 def test_a_prompt_that_shares_its_beginning_is_not_computed_again_and_comes_out_the_same():
     model, widths = tiny("llama"), []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape))
