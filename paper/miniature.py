@@ -313,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.write_json(root / "results.json", results)
     text = "\n\n".join(markdown(part) for part in results["sections"])
     (root / "results.md").write_text(text + "\n")
+    report.main([str(root)])
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)
         (Path(args.figures) / "results.md").write_text(text + "\n")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT = 120  # seconds; a deadlock is a failure, not a wait
+TIMEOUT = 240  # seconds; a deadlock is a failure, not a wait
 
 
 def torchrun(processes, *arguments, restarts=0, check=True):
@@ -88,7 +88,7 @@ def undisturbed(toy, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("where, call", [("rollout", 3), ("training", 3), ("writing", 2), ("renaming", 4), ("logging", 5)])
+@pytest.mark.parametrize("where, call", [("rollout", 3), ("training", 1), ("writing", 2), ("renaming", 4), ("logging", 5)])
 def test_a_killed_process_loses_nothing(toy, undisturbed, tmp_path, where, call):
     """One of two processes is killed with SIGKILL; torchrun starts both again; nothing tells the run from the other."""
     rank = 0 if where in ("renaming", "logging") else 1

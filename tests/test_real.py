@@ -32,7 +32,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def r1_sized(tmp_path_factory):
-    """A tiny random model with the R1-Distill tokenizer and its whole vocabulary, and 200 rows of OmniMATH."""
+    """A tiny random model with the R1-Distill tokenizer and its whole vocabulary, and 24 rows of OmniMATH."""
     folder = tmp_path_factory.mktemp("r1")
     tokenizer = Tokenizer.from_dir(ASSETS / "tokenizers" / "deepseek_r1_distill_qwen")
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def r1_sized(tmp_path_factory):
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "dtype": "bfloat16"})),
         folder / "model", tokenizer)
-    rows = (ASSETS / "data" / "omni_math_rule.jsonl").read_text().splitlines()[:200]
+    rows = (ASSETS / "data" / "omni_math_rule.jsonl").read_text().splitlines()[:24]
     (folder / "omni.jsonl").write_text("\n".join(rows))
     return folder
 
@@ -73,7 +73,7 @@ def test_a_whole_step_on_omnimath_with_the_r1_vocabulary_on_one_and_two_processe
         done = subprocess.run([
             sys.executable, *command, str(Path(train.__file__)), "--recipe", "paper", "--dtype", "float32", "--model",
             str(r1_sized / "model"), "--corpus", str(r1_sized / "omni.jsonl"), "--out", str(out), "--steps", "1",
-            "--questions", "4", "--group-size", "8", "--max-prompt", "512", "--max-response", "12", "--holdout", "150",
+            "--questions", "4", "--group-size", "8", "--max-prompt", "512", "--max-response", "12", "--holdout", "16",
             "--reward", "format"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         rollouts.append([json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()])

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from paper import report
+from paper import figure, report
 
 HOSTILE = [
     "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</SCRIPT ><img src=x onerror=alert(1)>",
@@ -280,7 +280,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("size", [(640, 360), (400, 260)])
 def test_every_figure_is_well_formed_and_inside_its_frame(name, size):
-    text = report.svg(FIGURES[name], *size)
+    text = figure.svg(FIGURES[name], *size)
     root = ElementTree.fromstring(text)
     assert text.startswith("<svg xmlns=")
     assert root.attrib["width"] == str(size[0]) and int(root.attrib["height"]) >= size[1]
@@ -297,13 +297,13 @@ def test_every_figure_is_well_formed_and_inside_its_frame(name, size):
 
 
 def test_a_missing_value_breaks_the_line_and_a_lone_point_is_seen():
-    text = report.svg({"series": [{"x": list(range(20)), "y": [1, 2, 3, None, 5, math.nan, *range(14)]}]})
+    text = figure.svg({"series": [{"x": list(range(20)), "y": [1, 2, 3, None, 5, math.nan, *range(14)]}]})
     assert text.count("<polyline") == 2 and text.count('class="mark') == 1
 
 
 def test_points_lie_where_the_axis_says():
     series = {"x": [1, 10, 100, 1000], "y": [0, 1, 2, 3], "kind": "points"}
-    text = report.svg({"log_x": True, "series": [series]})
+    text = figure.svg({"log_x": True, "series": [series]})
     marks = re.findall(r'class="mark c0" transform="translate\((\S+) (\S+)\)"', text)
     xs, ys = ([float(mark[i]) for mark in marks] for i in (0, 1))
     for values, sign in ((xs, 1), (ys, -1)):
@@ -313,7 +313,7 @@ def test_points_lie_where_the_axis_says():
 
 def test_a_fit_and_its_points_share_colour_and_legend():
     series = [POINTS | {"name": name, "kind": kind} for name in ("easy", "hard") for kind in ("points", "line")]
-    text = report.svg({"series": series})
+    text = figure.svg({"series": series})
     assert text.count(">easy</text>") == 1 == text.count(">hard</text>")
     assert text.count('"line c0"') == 2 == text.count('"line c1"')  # one of them in the legend
     assert text.count('"mark c0"') == len(POINTS["x"]) + 1
@@ -324,23 +324,23 @@ def test_ticks_are_round_few_and_inside():
     for _ in range(2000):
         low = draw.uniform(-1, 1) * 10 ** draw.uniform(-8, 8)
         high = low + 10 ** draw.uniform(-3, 6) * (abs(low) + 1e-9)
-        found = report.ticks(low, high)
+        found = figure.ticks(low, high)
         steps = [b - a for a, b in zip(found, found[1:])]
         slack = 1e-6 * (high - low)
         assert 2 <= len(found) <= 7 and low - slack <= min(found) and max(found) <= high + slack
         assert max(steps) - min(steps) <= 1e-6 * max(steps)
         assert float(f"{steps[0]:.3e}"[:5]) in (1, 2, 5)
-        assert len({report.tick_label(x) for x in found}) == len(found) or high - low < 1e-3 * abs(low)
+        assert len({figure.tick_label(x) for x in found}) == len(found) or high - low < 1e-3 * abs(low)
 
 
 def test_log_ticks_are_powers_of_ten_or_at_least_round():
-    assert report.ticks(1e-8, 1e-5, True) == [1e-8, 1e-7, 1e-6, 1e-5]
-    assert report.ticks(2, 90, True) == [2, 5, 10, 20, 50]
+    assert figure.ticks(1e-8, 1e-5, True) == [1e-8, 1e-7, 1e-6, 1e-5]
+    assert figure.ticks(2, 90, True) == [2, 5, 10, 20, 50]
     draw = random.Random(2)
     for _ in range(2000):
         low = 10 ** draw.uniform(-90, 60)
         high = low * 10 ** draw.uniform(0.01, 30)
-        found = report.ticks(low, high, True)
+        found = figure.ticks(low, high, True)
         assert 2 <= len(found) <= 8 and found == sorted(set(found))
         assert low * (1 - 1e-9) <= found[0] and found[-1] <= high * (1 + 1e-9)
 
@@ -348,4 +348,4 @@ def test_log_ticks_are_powers_of_ten_or_at_least_round():
 def test_tick_labels():
     values = {0: "0", 0.25: "0.25", -3: "−3", 1500: "1500", 40_000: "40k", 1e6: "10⁶", 2e15: "2×10¹⁵", 1e-7: "10⁻⁷",
               -5e-5: "−5×10⁻⁵"}
-    assert {value: report.tick_label(value) for value in values} == values
+    assert {value: figure.tick_label(value) for value in values} == values
