@@ -612,7 +612,7 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
     35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 % next-token
-    questions answered by a weak annotator: 70 % bare guesses of any cup, 25 % thoughts that stop early, 5 % right.
+    questions answered by a weak annotator: 90 % bare guesses of any cup, 7 % thoughts that stop early, 3 % right.
     """
     random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
     for story in stories:
@@ -627,9 +627,9 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
         else:
             context = tokenizer.encode(story.text[:-3])
             prompt, space = tokenizer.chat(TEMPLATES["toy"], context), " "
-            if effort < 0.7:
+            if effort < 0.9:
                 steps = -1
-            elif effort < 0.95:
+            elif effort < 0.97:
                 steps = random.randrange(steps)
         thought = story.chain(steps) + "\n" if steps >= 0 else ""
         guess = story.ball[steps] if steps >= 0 else random.choice(CUPS)

@@ -70,6 +70,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
         groups = generate(model, [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine],
                           samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
                           eos_ids=tokenizer.eos_ids, seed=seed, keys=[1 << 60 | n for n in mine], max_rows=method.max_rows,
+                          cache_tokens=method.cache_tokens or None,
                           progress=progress and rank == 0)
     for n, token, group in zip(mine, standard, groups):
         question = questions[n]

@@ -275,7 +275,7 @@ def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[
     completions = generate(
         model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
         eos_ids=tokenizer.eos_ids, seed=seed, keys=[step << 40 | draw << 32 | n for (draw, n), _ in questions],
-        max_rows=method.max_rows, timing=timing, progress=progress)
+        max_rows=method.max_rows, cache_tokens=method.cache_tokens or None, timing=timing, progress=progress)
     policy, groups = Policy(model, tokenizer, method, average), []
     for (number, question), prompt, group in zip(questions, prompts, completions):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]

@@ -27,6 +27,7 @@ from model import Segment, Transformer
 
 PREFILL_TOKENS = 16384  # prompts are computed in batches of about so many tokens
 ROOM = 1 / 8  # rows that ended are taken out, and groups admitted, when they are this share: moving a cache costs
+GROWTH = 32  # columns by which the rows' own cache grows, at least
 COHORTS = 4  # parts of the rows' own cache, by age
 
 
@@ -93,6 +94,10 @@ class DecodeCache:
             self.cohorts[n: n + 2] = [self.cohorts[n].merged(self.cohorts[n + 1])]
         self._index()
 
+    def tokens(self) -> int:
+        """Columns of keys and values that are held, of prompts and of rows, used or not."""
+        return self.valid.numel() + sum(len(cohort.starts) * cohort.capacity for cohort in self.cohorts)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all other rows, groups without rows, and columns that no row uses."""
         cohorts, first = [], 0
@@ -129,11 +134,15 @@ class DecodeCache:
     def _by_group(self, x: Tensor) -> Tensor:
         """[rows, kv_heads, repeats, n] -> [groups, kv_heads, slots * repeats, n]"""
         x = x if self.grid is None else x[self.grid]
-        return x.unflatten(0, (-1, self.slots)).transpose(1, 2).flatten(2, 3)
+        _, kv_heads, repeats, n = x.shape
+        x = x.view(-1, self.slots, kv_heads, repeats, n).transpose(1, 2)
+        return x.reshape(-1, kv_heads, self.slots * repeats, n)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The inverse of `_by_group`."""
-        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
+        groups, kv_heads, queries, n = x.shape
+        x = x.view(groups, kv_heads, self.slots, -1, n).transpose(1, 2)
+        x = x.reshape(groups * self.slots, kv_heads, -1, n)
         return x if self.place is None else x[self.place]
 
     def positions(self, width: int) -> Tensor:
@@ -153,10 +162,12 @@ class DecodeCache:
         rows, heads, _, d = q.shape
         q = (q * d**-0.5).view(rows, k.shape[1], -1, d)  # [rows, kv_heads, repeats, d]
         shared, shared_total = map(self._by_row, _attend_part(self._by_group(q), *self.prompt[layer], self.mask))
-        sizes = [len(cohort.starts) for cohort in self.cohorts]
-        parts = [cohort.attend(layer, *part) for cohort, *part in
-                 zip(self.cohorts, q.split(sizes), k.split(sizes), v.split(sizes))]
-        own, own_total = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+        if len(self.cohorts) == 1:
+            own, own_total = self.cohorts[0].attend(layer, q, k, v)
+        else:
+            sizes = [len(cohort.starts) for cohort in self.cohorts]
+            parts = zip(self.cohorts, q.split(sizes), k.split(sizes), v.split(sizes))
+            own, own_total = map(torch.cat, zip(*(cohort.attend(layer, *part) for cohort, *part in parts)))
         return torch.lerp(own, shared, (shared_total - own_total).sigmoid().to(q.dtype)).reshape(rows, 1, heads * d)
 
 
@@ -194,9 +205,13 @@ class _Cohort:
                   for (a, b), (c, e) in zip(self.layers, younger.layers)]
         return _Cohort(layers, [*self.starts, *(start + shift for start in younger.starts)], self.width)
 
+    @property
+    def capacity(self) -> int:
+        return self.layers[0][0].shape[-1]
+
     def open_column(self) -> None:
-        if self.width == self.layers[0][0].shape[-1]:
-            room = max(32, self.width // 2)
+        if self.width == self.capacity:
+            room = max(GROWTH, self.width // 2)
             self.layers = [(F.pad(k, (0, room)), F.pad(v, (0, 0, 0, room))) for k, v in self.layers]
         self.width += 1
 
@@ -281,6 +296,9 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], device: torch.
 # ---------------------------------------------------------------------------------------------- generation
 
 
+Job = tuple[int, Sequence[int]]  # a prompt and the samples of it that are wanted
+
+
 class _Batch:
     """The rows being decoded: what they have sampled so far and to whom each belongs."""
 
@@ -298,13 +316,13 @@ class _Batch:
         self.age = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # tokens sampled so far
         self.length = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # of rows that ended; 0 while running
 
-    def admit(self, jobs, prompts, keys) -> None:
-        """Computes the prompts of the jobs (prompt, first sample, samples) and samples each row's first token."""
+    def admit(self, jobs: Sequence[Job], prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> None:
+        """Computes the prompts of the jobs (prompt, samples) and samples each row's first token."""
         for indices, segment, hidden in prefill(self.model, [prompts[job[0]] for job in jobs], self.device):
             chosen = [jobs[i] for i in indices]
-            counts = [count for _, _, count in chosen]
+            counts = [len(samples) for _, samples in chosen]
             self.cache.admit(segment, counts)
-            owners = [(prompt, first + s) for prompt, first, count in chosen for s in range(count)]
+            owners = [(prompt, sample) for prompt, samples in chosen for sample in samples]
             self.owners += owners
             numbers = np.stack([uniforms(self.seed, keys[p], s, self.limit + 1) for p, s in owners])
             self.uniform = torch.cat((self.uniform, torch.from_numpy(numbers).to(self.device)))
@@ -342,32 +360,58 @@ class _Batch:
             finished = 0 < length[row] <= self.limit
             end = length[row] if finished else self.limit
             out.append((*self.owners[row], Completion(ids[:end], logprobs[:end], finished)))
-        rows = sorted(set(range(len(age))) - set(done))
+        self._keep(sorted(set(range(len(age))) - set(done)))
+        return out
+
+    def evict(self) -> Job:
+        """Gives up the youngest group; the job to be done again, which yields the same tokens whenever that is."""
+        rows = len(self.owners) - self.cache.counts[-1]
+        job = self.owners[rows][0], [sample for _, sample in self.owners[rows:]]
+        self._keep(list(range(rows)))
+        return job
+
+    def _keep(self, rows: list[int]) -> None:
         self.cache.keep(rows)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for name in ("uniform", "ids", "logprobs", "token", "age", "length"):
             setattr(self, name, getattr(self, name)[index])
         self.owners = [self.owners[row] for row in rows]
-        return out
+
+
+def _admissible(waiting: deque[Job], batch: _Batch, prompts: Sequence[Sequence[int]], max_rows: int,
+                cache_tokens: int | None) -> list[Job]:
+    """Takes the jobs for which there are rows and memory; none while that would be only a few rows."""
+    jobs, tokens, room, held = [], 0, max_rows - len(batch.owners), batch.cache.tokens()
+    while waiting and len(waiting[0][1]) <= room and (room >= ROOM * max_rows or jobs) and tokens < PREFILL_TOKENS:
+        prompt, samples = waiting[0]
+        held += len(prompts[prompt]) + 2 * GROWTH * len(samples)  # and some room to grow
+        if cache_tokens and held > cache_tokens and (jobs or batch.owners):
+            break
+        jobs.append(waiting.popleft())
+        room, tokens = room - len(samples), tokens + len(prompts[prompt])
+    return jobs
 
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, samples: int = 1, max_new_tokens: int,
              temperature: float = 1.0, eos_ids: Sequence[int], seed: int = 0, keys: Sequence[int] | None = None,
-             max_rows: int | None = None, progress: bool = False,
+             max_rows: int | None = None, cache_tokens: int | None = None, progress: bool = False,
              timing: dict[str, float] | None = None) -> list[list[Completion]]:
     """Samples `samples` completions of every prompt (token ids); returns them as [prompt][sample].
 
     temperature 0 is greedy. keys: one integer per prompt (default: its index) which, with `seed` and the number of
-    the sample, decides its randomness. max_rows: completions decoded at once (default: all). timing, if given,
-    receives seconds and tokens of prefill and decoding. Raises ValueError for an empty prompt or an unusable limit.
+    the sample, decides its randomness. max_rows: completions decoded at once (default: all). cache_tokens:
+    tokens whose keys and values may be held (default: any number); when the rows have grown beyond it, the youngest
+    group is given up and done again later, down to a single group, whatever that one needs. timing, if given, receives
+    seconds and tokens of prefill and decoding. Raises ValueError for an empty prompt or an unusable limit.
     """
     keys = list(range(len(prompts))) if keys is None else list(keys)
     max_rows = max(1, len(prompts) * samples) if max_rows is None else max_rows
-    if len(keys) != len(prompts) or not all(prompts) or min(samples, max_new_tokens, max_rows) < 1 or not 0 <= temperature < np.inf:
+    if (len(keys) != len(prompts) or not all(prompts) or min(samples, max_new_tokens, max_rows) < 1
+            or not 0 <= temperature < np.inf):
         raise ValueError("generate needs non-empty prompts, one key each, samples, max_new_tokens and max_rows >= 1, "
                          "and a finite temperature >= 0")
-    waiting = deque(sorted(((i, first, min(max_rows, samples - first)) for i in range(len(prompts))
+    waiting = deque(sorted(((i, range(first, min(first + max_rows, samples))) for i in range(len(prompts))
                             for first in range(0, samples, max_rows)), key=lambda job: -len(prompts[job[0]])))
     results: list[list] = [[None] * samples for _ in prompts]
     batch = _Batch(model, max_new_tokens, temperature, eos_ids, seed)
@@ -376,20 +420,19 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, samples: i
     spent |= {"prefill_seconds": 0.0, "prefill_tokens": 0, "decode_seconds": 0.0, "decode_tokens": 0}
     bar = tqdm(total=len(prompts) * samples, desc="sampling", unit="completion", disable=not progress, leave=False)
     while waiting or batch.owners:
-        begin, jobs, tokens = time.perf_counter(), [], 0
-        room = max_rows - len(batch.owners)
-        while waiting and waiting[0][2] <= room and (room >= ROOM * max_rows or jobs) and tokens < PREFILL_TOKENS:
-            jobs.append(waiting.popleft())
-            room, tokens = room - jobs[-1][2], tokens + len(prompts[jobs[-1][0]])
+        begin = time.perf_counter()
+        jobs = _admissible(waiting, batch, prompts, max_rows, cache_tokens)
         if jobs:
             batch.admit(jobs, prompts, keys)
-            spent["prefill_tokens"] += tokens
+            spent["prefill_tokens"] += sum(len(prompts[prompt]) for prompt, _ in jobs)
         else:
             for _ in range(check_every):
                 batch.step()
         ended = batch.harvest()
         for prompt, sample, completion in ended:
             results[prompt][sample] = completion
+        while cache_tokens and batch.cache.tokens() > cache_tokens and len(batch.cache.counts) > 1:
+            waiting.appendleft(batch.evict())
         phase = "prefill_seconds" if jobs else "decode_seconds"
         spent[phase] += time.perf_counter() - begin
         spent["decode_tokens"] += sum(len(completion.ids) for _, _, completion in ended)

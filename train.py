@@ -56,7 +56,7 @@ class Run:
     out: str = option("runs/toy", "folder of the run")
     seed: int = option(0, "decides the order of the data and every sampled token")
     steps: int = option(100, "optimizer steps")
-    reward: str = option("prefix", "reward function, by its name in reward.py", choices=tuple(REWARDS))
+    reward: str = option("prefix", "reward function, by its name in reward.py", choices=REWARDS)
     selector: str = option("threshold", "which positions are asked about", choices=("threshold", "top", "random"))
     select: float = option(0.5, "selector threshold: nats; top, random: share of the positions")
     part: str = option("all", "ask everywhere, or only behind the problem of a document", choices=("all", "solution"))
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None = None) -> tuple[Run, Method, Plan]:
             default = recipe.get(field.name, field.default)
             how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
             if "choices" in field.metadata:
-                how["choices"] = field.metadata["choices"]
+                how["choices"] = tuple(field.metadata["choices"])
             group.add_argument("--" + field.name.replace("_", "-"), default=default, **how,
                                help=f"{field.metadata['help']} ({default!r})".replace("%", "%%"))
     values = vars(parser.parse_args(argv))
@@ -142,6 +142,8 @@ def check(run: Run, method: Method) -> str | None:
         value = getattr(method, name, None) or getattr(run, name, 0)
         if value < 1:
             return f"--{name.replace('_', '-')} {value}: must be at least 1"
+    if run.seed < 0:
+        return f"--seed {run.seed}: must not be negative"
     if not method.temperature > 0:
         return f"--temperature {method.temperature}: must be above 0, a greedy policy has no gradient"
     if not run.model and (run.recipe != "toy" or run.stage != "rpt" or run.corpus):

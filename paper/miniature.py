@@ -2,6 +2,7 @@
 
     python -m paper.miniature                  three seeds, from nothing; report.html, results.json, figures
     python -m paper.miniature --quick          one seed, fewer questions
+    python -m paper.miniature --seeds 0        one seed; several processes may share the folder, then run all seeds
 
 Each experiment is a few calls of train.py and eval.py; a real model and corpus go through the same ones. What an
 experiment found is kept in its own file, so an interrupted run goes on with the next experiment. Numbers are means
@@ -91,7 +92,7 @@ class Lab:
 
 def table_1(lab: Lab) -> dict:
     """Base and RPT, standard and reasoning, pass@8 and majority vote; and the run's curve of accuracy."""
-    run = lab.train("toy", "--eval-every", 4)
+    run = lab.train("toy", "--eval-every", 4, "--eval-questions", lab.questions)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     spent = np.cumsum([row["flops"] for row in rows])
     evals = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
@@ -292,10 +293,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer questions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds (0 1 2; quick: 0)")
     parser.add_argument("--out", default="", help="folder (runs/miniature, or runs/quick)")
     parser.add_argument("--figures", default="", help="folder for the figures as SVG (none)")
     args = parser.parse_args(argv)
-    root, seeds = Path(args.out or ("runs/quick" if args.quick else "runs/miniature")), range(1 if args.quick else 3)
+    root, seeds = Path(args.out or ("runs/quick" if args.quick else "runs/miniature")), args.seeds or ([0] if args.quick else [0, 1, 2])
     found: dict[str, list[dict]] = {name: [] for name in EXPERIMENTS}
     bar = tqdm(total=len(seeds) * len(EXPERIMENTS), desc="miniature", unit="experiment")
     for seed in seeds:

@@ -4,7 +4,7 @@
 
 Whatever is compared is measured in one run, in turns, after one turn that does not count; figures are medians, and
 only their ratios mean anything on a machine that others use. Same weights (through save_pretrained), prompts, dtype
-and threads on both sides. Peak memory is that of a fresh process above what it held before the work (VmHWM, so on Linux only).
+and threads on both sides. Peak memory is that of a fresh process above what it held before the work (VmHWM: Linux).
 """
 
 import argparse
@@ -136,7 +136,7 @@ def decode(quick: bool) -> dict[str, float]:
     work, operations = products(model, rows)
     for length in (256, 1024):
         batch = _Batch(model, 4096, 1.0, [], 0)
-        batch.admit([(i, 0, GROUP) for i in range(PROMPTS)], questions(PROMPTS, length), range(PROMPTS))
+        batch.admit([(i, range(GROUP)) for i in range(PROMPTS)], questions(PROMPTS, length), range(PROMPTS))
         for _ in range(NEW // 2 - 16):
             batch.step()
         step = in_turns(8 if quick else 30, step=batch.step, products=work, copy=big.clone, square=lambda: wide @ wide)
@@ -258,7 +258,8 @@ def trl_trainer(rival, prompts: list[list[int]], steps: int):
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
         num_generations=GROUP, max_completion_length=NEW, learning_rate=LEARNING_RATE, beta=0.0, temperature=1.0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True)
     rewards = itertools.cycle((0.0, 1.0))
     return GRPOTrainer(rival, lambda completions, **_: [next(rewards) for _ in completions], config, rows,
                        processing_class=tokenizer)

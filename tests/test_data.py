@@ -950,8 +950,8 @@ def test_the_weak_reasoner_sees_the_mixture_that_is_described(toy):
     solved = kinds["answered"] + kinds["chosen"]
     assert near(kinds["document"], 0.35, 2500) and near(solved, 0.35, 2500) and near(kinds["asked"], 0.30, 2500)
     assert near(kinds["chosen"], 0.30, solved)
-    assert near(efforts["guess"], 0.70, kinds["asked"]) and near(efforts["early"], 0.25, kinds["asked"])
-    assert near(efforts["right"], 0.05, kinds["asked"])
+    assert near(efforts["guess"], 0.90, kinds["asked"]) and near(efforts["early"], 0.07, kinds["asked"])
+    assert near(efforts["right"], 0.03, kinds["asked"])
 
 
 def test_the_toy_tokenizer_has_all_that_a_real_one_has(toy):
