@@ -61,16 +61,18 @@ class Tokenizer:
         try:
             spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            exact = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # no space that the text has not
+            exact = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # add nothing
             plain = {key: json.loads(json.dumps(spec.get(key)), object_hook=lambda step: step | {
-                name: value for name, value in exact.items() if name in step}) for key in ("normalizer", "pre_tokenizer")}
+                         name: value for name, value in exact.items() if name in step})
+                     for key in ("normalizer", "pre_tokenizer")}
             plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._text = tokenizers.Tokenizer.from_str(json.dumps(spec | plain))
             vocabulary = spec["model"]["vocab"]
             if not isinstance(vocabulary, dict):
                 raise ValueError("only BPE vocabularies are supported")
         except Exception as error:  # the Rust parser raises bare Exceptions
-            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") \
+                from None
         settings, generation = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json",
                                                                                "generation_config.json"))
         byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
@@ -79,7 +81,8 @@ class Tokenizer:
         self._bytes = [b""] * size
         for token, id in vocabulary.items():
             if byte_level:
-                self._bytes[id] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+                known = all(c in alphabet for c in token)
+                self._bytes[id] = bytes(alphabet[c] for c in token) if known else token.encode()
             else:
                 byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
                 self._bytes[id] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
@@ -87,7 +90,8 @@ class Tokenizer:
             self._bytes[id] = token.encode()
         bos = settings.get("bos_token")
         bos = bos["content"] if isinstance(bos, dict) else bos
-        wants_bos = settings.get("add_bos_token", f'"{bos}"' in json.dumps(spec.get("post_processor"), ensure_ascii=False))
+        added = json.dumps(spec.get("post_processor"), ensure_ascii=False)
+        wants_bos = settings.get("add_bos_token", f'"{bos}"' in added)
         self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
         self._ids_of: dict[bytes, list[int]] = {}
         for id, content in enumerate(self._bytes):
@@ -204,7 +208,8 @@ def _document(row: object, id: int, where: str) -> Document:
     """A JSON row: `text`, or problem (question) and solution, joined by an empty line; `answer` where there is one."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object")
-    get = {key: unicodedata.normalize("NFC", str(value)) for key, value in row.items() if isinstance(value, (str, int, float))}
+    get = {key: unicodedata.normalize("NFC", str(value)) for key, value in row.items()
+           if isinstance(value, (str, int, float))}
     problem = get.get("problem") or get.get("question")
     solution = get.get("solution") or (get.get("answer") if "question" in get else None)
     text = get.get("text") or (f"{problem}\n\n{solution}" if problem and solution else problem)
@@ -246,7 +251,8 @@ def _rows(file: Path) -> Iterator[tuple[object, str]]:
 def read_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
 
-    In a .txt, `<|endoftext|>` at the end of a line ends a document. Errors (ValueError, FileNotFoundError) name file and line.
+    In a .txt, `<|endoftext|>` at the end of a line ends a document. Errors (ValueError, FileNotFoundError) name file
+    and line.
     """
     path = Path(path)
     if not path.exists():
@@ -301,17 +307,20 @@ def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tens
     is applied to 512 positions at a time: with 152 thousand tokens those logits already take 300 MB.
     """
     hidden = model(ids).flatten(0, 1)
-    logits = torch.cat([model.logits(part).topk(min(top_k, model.config.vocab_size)).values for part in hidden.split(512)])
+    top_k = min(top_k, model.config.vocab_size)
+    logits = torch.cat([model.logits(part).topk(top_k).values for part in hidden.split(512)])
     return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
 
 
-def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path, window: int = 4096,
-                 batch_tokens: int = 16384, rank: int = 0, gather: Callable = lambda part: [part]) -> list[np.ndarray]:
+def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path,
+                 window: int = 4096, batch_tokens: int = 16384, rank: int = 0,
+                 gather: Callable = lambda part: [part]) -> list[np.ndarray]:
     """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
 
     Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
     `fingerprint` so that a changed input never meets it. Runs longer than `window` are read in windows that
-    overlap by half. A finished file needs no model. With several processes each computes its share and `gather` returns everyone's.
+    overlap by half. A finished file needs no model. With several processes each computes its share and `gather`
+    returns everyone's.
     """
     pieces = []  # (run, first id read, first position wanted, end)
     for run, ids in enumerate(runs):
@@ -329,7 +338,8 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
     done = np.fromfile(file, dtype=np.float32) if file.exists() else np.zeros(0, np.float32)
     first = int(np.searchsorted(np.cumsum(sizes), len(done), side="right"))
     values, world = [done[: sum(sizes[:first])]], len(gather(None))
-    bos, bar = tokenizer.bos, tqdm(total=sum(sizes), initial=sum(sizes[:first]), unit="tok", desc="entropy", disable=rank > 0)
+    bos = tokenizer.bos
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[:first]), unit="tok", desc="entropy", disable=rank > 0)
     if rank == 0:
         values[0].tofile(file)
     for step in range(first, len(batches), world):
@@ -410,7 +420,8 @@ def answer_sets(tokenizer: Tokenizer, documents: Sequence[Document], holdout: in
                 seed: int) -> tuple[list[Question], list[Question], str]:
     """Questions with verifiable answers, to train on and held out, and a line about them."""
     if missing := next((d for d in documents if d.answer is None), None):
-        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; stage rlvr needs one for every problem")
+        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; "
+                         "stage rlvr needs one for every problem")
     train, held, dropped = split_holdout(documents, holdout, seed)
     sets = [[Question(tuple(tokenizer.encode(d.problem or d.text)), (), d.id, 0, answer=d.answer) for d in part]
             for part in (train, held)]
@@ -501,28 +512,27 @@ def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
 # ---------------------------------------------------------------------------------------------- templates
 
 _NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
-_STEPS = "Please reason step by step to find the most probable next token as the final {}, and enclose it in \\boxed{{}} "
+_TASK = "Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. "
+_STEPS = "Please reason step by step to find the most probable next token"
+_FINAL = _STEPS + " as the final {}, and enclose it in \\boxed{{}} "
 _LIST = "by predicting the next token, list multiple potential tokens and select the most probable one as the final "
 TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are ours
-    "v0": "Complete the given text under ‘### Context’ by predicting the next token, and wrap it in ‘\\boxed{}’. "
-          + _STEPS.format("answer") + _NOTE + ".\n\n### Context\n{context}",
-    "v1": "Complete the given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. "
-          + _STEPS.format("prediction") + _NOTE + ".\n\n### Context\n```{context}```.",
-    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please complete the "
-          "given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. Please reason step by step "
-          "to find the most probable next token, and enclose it in \\boxed{} "
+    "v0": _TASK.format("‘### Context’") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n{context}",
+    "v1": _TASK.format("### Context") + _FINAL.format("prediction") + _NOTE + ".\n\n### Context\n```{context}```.",
+    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please complete "
+          + _TASK.format("### Context").removeprefix("Complete ") + _STEPS + ", and enclose it in \\boxed{} "
           + _NOTE.replace("{ =}", "{ +=}") + ".\n\n### Context\n```{context}```.",
     "v3": "Complete the given text under ### Context " + _LIST + "answer. Wrap your final answer in \\boxed{} " + _NOTE
           + ".\n\n### Context\n```{context}```",
-    "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the token "
-          "in \\boxed{} " + _NOTE + ".\n\nExample 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
+    "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the "
+          "token in \\boxed{} " + _NOTE + ".\n\n"
+          "Example 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
           "Example 2. ### Context ```The square of 7 is 4``` The next token is \\boxed{9}.\n"
           "Example 3. ### Context ```The steps are``` The next token is \\boxed{:\n}.\n\n"
           "Now, the context is: ### Context ```{context}```.",
-    "v5": "Complete the given text under ### Context by predicting the next token, and wrap it in ‘\\boxed{}’. "
-          + _STEPS.format("answer") + _NOTE + ".\n\n### Context\n```{context}```",
-    "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in \\boxed{} "
-          + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
+    "v5": _TASK.format("### Context") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n```{context}```",
+    "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in "
+          "\\boxed{} " + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
     "toy": "Next token?\n{context}",
     "plain": "{context}",  # question-answer pairs: the problem itself
 }
@@ -611,8 +621,9 @@ def toy_tokenizer() -> Tokenizer:
 def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
-    35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 % next-token
-    questions answered by a weak annotator: 90 % bare guesses of any cup, 7 % thoughts that stop early, 3 % right.
+    35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 %
+    next-token questions answered by a weak annotator: 90 % bare guesses of any cup, 7 % thoughts that stop early, 3 %
+    right.
     """
     random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
     for story in stories:
@@ -634,7 +645,8 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
         thought = story.chain(steps) + "\n" if steps >= 0 else ""
         guess = story.ball[steps] if steps >= 0 else random.choice(CUPS)
         answer = f"\n\n\\boxed{{{space}{guess}}}"
-        runs.append(prompt + tokenizer.encode(thought) + [tokenizer.special["</think>"]] + tokenizer.encode(answer) + end)
+        thought_ids = tokenizer.encode(thought) + [tokenizer.special["</think>"]]
+        runs.append(prompt + thought_ids + tokenizer.encode(answer) + end)
     return runs
 
 

@@ -67,10 +67,10 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
     mine = range(rank, len(questions), world)
     with unsharded(model):
         standard = standard_predictions(model, tokenizer, [questions[n] for n in mine], method.max_prompt)
-        groups = generate(model, [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine],
-                          samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
-                          eos_ids=tokenizer.eos_ids, seed=seed, keys=[1 << 60 | n for n in mine], max_rows=method.max_rows,
-                          cache_tokens=method.cache_tokens or None,
+        prompts = [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine]
+        groups = generate(model, prompts, samples=samples, max_new_tokens=method.max_response,
+                          temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed, keys=[1 << 60 | n for n in mine],
+                          max_rows=method.max_rows, cache_tokens=method.cache_tokens or None,
                           progress=progress and rank == 0)
     for n, token, group in zip(mine, standard, groups):
         question = questions[n]
@@ -85,7 +85,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
 
 def score(prediction: bytes | None, question: Question) -> float:
     """1 if a prediction is right: an exact prefix of the truth, or the answer of a question that has one."""
-    return prefix_match(prediction, question.truth) if question.answer is None else answer_match(prediction, question.answer)
+    if question.answer is not None:
+        return answer_match(prediction, question.answer)
+    return prefix_match(prediction, question.truth)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Choice:
 
     @property
     def prompt(self) -> str:
-        return self.question + "\n" + "\n".join(f"({letter}) {text}" for letter, text in zip(ascii_uppercase, self.options))
+        """The question and its options, a line each: (A) ..."""
+        return "\n".join([self.question, *(f"({x}) {text}" for x, text in zip(ascii_uppercase, self.options))])
 
 
 def read_choices(file: Path) -> list[Choice]:
@@ -168,8 +171,8 @@ def growth(metrics: Path) -> str:
     """How reward and response length went in a run, from its metrics.jsonl."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
-    return "\n".join(f"{name:>16}" + "".join(f"{row[key]:8.{digits}f}" for row in rows)
-                     for name, key, digits in (("step", "step", 0), ("reward", "reward", 2), ("length, tokens", "length", 1)))
+    shown = (("step", "step", 0), ("reward", "reward", 2), ("length, tokens", "length", 1))
+    return "\n".join(f"{name:>16}" + "".join(f"{row[key]:8.{digits}f}" for row in rows) for name, key, digits in shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -182,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("samples", int, 1, "responses to each question; above 1 also pass@k and majority vote"),
             ("questions", int, 500, "held-out questions"), ("holdout", int, 200, "documents to ask about"),
             ("template", str, None, "prompt template"), ("temperature", float, None, "of the responses"),
-            ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"), ("seed", int, None, "of everything"),
+            ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"),
+            ("seed", int, None, "of everything"),
             ("min-context", int, None, "tokens before a question"), ("part", str, None, "all, or solution"),
             ("dtype", str, None, "of the computation"), ("device", str, "cpu", "cpu or cuda"),
             ("out", str, None, "file for the records, one JSON object a line"),
@@ -203,21 +207,24 @@ def report(args: argparse.Namespace) -> str:
         settings = json.loads((place / "run.json").read_text())
         place = place / "model"
     fixed = {"corpus": "", "proxy": "", "model": str(place), "template": "v0", "temperature": 0.8, "max_prompt": 4096,
-             "max_response": 8192, "seed": 0, "min_context": 1, "part": "all", "dtype": "float32", "holdout": args.holdout}
+             "max_response": 8192, "seed": 0, "min_context": 1, "part": "all", "dtype": "float32",
+             "holdout": args.holdout}
     chosen = fixed | {k: v for k, v in settings.items() if k in fixed} | {
         k: v for k, v in vars(args).items() if k in fixed and v is not None and k != "holdout"}
     if not chosen["corpus"]:
         raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
     source, device, dtype = resolve(place), torch.device(args.device), DTYPES[chosen["dtype"]]
+    cache = Path(args.cache or (Path(args.directory) / "cache" if settings else "runs/cache"))
     tokenizer = Tokenizer.from_dir(source)
     _, held, _ = question_sets(
-        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], Path(args.cache or (Path(args.directory) / "cache" if settings else "runs/cache")),
-        holdout=chosen["holdout"], selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
+        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], cache, holdout=chosen["holdout"],
+        selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
         seed=chosen["seed"], window=chosen["max_prompt"], device=device, dtype=dtype)
     method = Method(template=chosen["template"], temperature=chosen["temperature"], max_prompt=chosen["max_prompt"],
                     max_response=chosen["max_response"])
-    records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, chosen["seed"]), method,
-                       args.samples, chosen["seed"], progress=True)
+    questions = subset(held, args.questions, chosen["seed"])
+    model = load_pretrained(source, device, dtype)
+    records = evaluate(model, tokenizer, questions, method, args.samples, chosen["seed"], progress=True)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
     return table({place.name if not settings else Path(args.directory).name: records})

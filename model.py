@@ -99,7 +99,8 @@ class ModelConfig:
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"config.json: {field.name} (or attention_bias) must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError("config.json: num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
+            raise ValueError("config.json: num_attention_heads must be a multiple of num_key_value_heads, "
+                             "head_dim even")
         if self.dtype not in DTYPES:
             raise ValueError(f"config.json: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
@@ -153,7 +154,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor,
     plain = theta ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
     if scaling is None:
         return plain, 1.0
-    factor, original = scaling["factor"], scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = scaling["factor"]
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     if scaling["rope_type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((original * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -288,7 +290,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor, cache=None) -> Tensor:
         """ids [B, T] -> hidden [B, T, hidden_size] after the final norm, in the dtype of the weights."""
-        positions = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.positions(ids.shape[1])
+        width = ids.shape[1]
+        positions = torch.arange(width, device=ids.device)[None] if cache is None else cache.positions(width)
         frequencies, scale = rope_frequencies(self.config, ids.device)
         angles = (positions[..., None].float() * frequencies)[:, None]  # [B or 1, 1, T, head_dim / 2]
         x = self.model.embed_tokens(ids)
@@ -429,7 +432,8 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             raise ValueError(f"{file}: corrupt safetensors header") from None
     if max(ends, default=0) != size - 8 - length:
-        raise ValueError(f"{file}: truncated or corrupt (tensors end at byte {max(ends, default=0)} of {size - 8 - length})")
+        raise ValueError(f"{file}: truncated or corrupt (tensors end at byte {max(ends, default=0)} of "
+                         f"{size - 8 - length})")
     return shapes
 
 
@@ -454,7 +458,8 @@ def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     for file in sorted({*files, *directory.glob("*.safetensors")}):  # the reader opens all, whatever the index says
         for name, shape in tensor_shapes(file).items():
             if name in found and {file, found[name]} & set(files):
-                raise ValueError(f"{directory}: {name} is in both {found[name].name} and {file.name}; remove the stale file")
+                raise ValueError(f"{directory}: {name} is in both {found[name].name} and {file.name}; remove the stale "
+                                 "file")
             found[name] = file
             if file in files:
                 there[name] = shape

@@ -64,8 +64,8 @@ class Method:
     max_refills: int = option(4, "how often dynamic sampling draws again for one step")
     keep_easy: bool = option(True, "train on every informative group; no: keep one of pass rate p with probability "
                                    "1 - 1.2 (p - 0.25) (arXiv 2608.23256)")
-    ntp_weight: float = option(0.0, "weight of a next-token loss on the questions' contexts (RMT, arXiv 2509.24375: 0.1)")
-    average_decay: float = option(0.999, "decay of the averaged policy that reward `gain` compares with (RLP, 2510.01265)")
+    ntp_weight: float = option(0.0, "weight of a next-token loss on the contexts (RMT, arXiv 2509.24375: 0.1)")
+    average_decay: float = option(0.999, "decay of the averaged policy of reward `gain` (RLP, 2510.01265)")
     grad_clip: float = option(1.0, "largest gradient norm")
     micro_tokens: int = option(16384, "tokens, padding included, of one forward and backward pass")
     max_rows: int = option(256, "responses decoded at a time by one process")
@@ -116,7 +116,7 @@ class Policy:
         return self._seen[1][average]
 
     def probability(self, question: Question, token: bytes) -> float:
-        """P(token | context) by plain next-token prediction; 0 for bytes that are no single token (paper, appendix A)."""
+        """P(token | context) by plain next-token prediction (paper, appendix A); 0 for bytes that are no token."""
         return float(self._plain(question)[self.tokenizer.ids_of_token(token)].sum())
 
     def gain(self, responses: Sequence[bytes], question: Question) -> list[float]:
@@ -176,8 +176,9 @@ class _HeadLogprobs(torch.autograd.Function):
             part = slice(begin, begin + ctx.chunk)
             logp = ((hidden[part] @ weight.T).float() / ctx.temperature).log_softmax(-1)
             p = logp.exp()  # d logp[t] / d logits = 1[t] - p,  d entropy / d logits = -p (logp + entropy)
-            grad = logp.add_(entropies[part, None]).mul_(-grad_entropies[part, None]).sub_(grad_logprobs[part, None]).mul_(p)
-            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
+            by_logprob, by_entropy = grad_logprobs[part, None], grad_entropies[part, None]
+            grad = logp.add_(entropies[part, None]).mul_(-by_entropy).sub_(by_logprob).mul_(p)
+            grad.scatter_add_(1, targets[part, None], by_logprob)
             grad = (grad / ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
@@ -185,7 +186,8 @@ class _HeadLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
+                   temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden_size], targets [N] -> log-probability of each target and entropy of its distribution.
 
     Both float32 [N], in nats, at `temperature`, both differentiable. The [N, vocabulary] logits never exist: at most
@@ -264,6 +266,11 @@ def unsharded(model: Transformer) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- rollout and update
 
 
+def question_key(step: int, number: tuple[int, int]) -> int:
+    """Names a question of a run; with the seed it decides the randomness of its responses."""
+    return step << 40 | number[0] << 32 | number[1]
+
+
 def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[tuple[int, int], Question]],
             method: Method, reward: Callable, seed: int, step: int, timing: dict | None = None,
             progress: bool = False, average: Transformer | None = None) -> list[Group]:
@@ -274,16 +281,17 @@ def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[
     prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in questions]
     completions = generate(
         model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
-        eos_ids=tokenizer.eos_ids, seed=seed, keys=[step << 40 | draw << 32 | n for (draw, n), _ in questions],
+        eos_ids=tokenizer.eos_ids, seed=seed, keys=[question_key(step, number) for number, _ in questions],
         max_rows=method.max_rows, cache_tokens=method.cache_tokens or None, timing=timing, progress=progress)
     policy, groups = Policy(model, tokenizer, method, average), []
     for (number, question), prompt, group in zip(questions, prompts, completions):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         rewards = reward([r if c.finished else b"" for r, c in zip(responses, group)], question, policy)
-        advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64, device="cpu"), method.scale_by_std)[0].tolist()
-        luck, rate = uniforms(seed, step << 40 | number[0] << 32 | number[1], EASY, 1)[0], sum(r >= 1 for r in rewards) / len(rewards)
-        groups.append(Group(number, question, prompt, group, responses, rewards, advantages,
-                            method.keep_easy or luck < 1 - 1.2 * (rate - 0.25)))
+        earned = torch.tensor([rewards], dtype=torch.float64, device="cpu")
+        advantages = group_advantages(earned, method.scale_by_std)[0].tolist()
+        luck = uniforms(seed, question_key(step, number), EASY, 1)[0]
+        kept = method.keep_easy or luck < 1 - 1.2 * (sum(r >= 1 for r in rewards) / len(rewards) - 0.25)
+        groups.append(Group(number, question, prompt, group, responses, rewards, advantages, kept))
     return groups
 
 
@@ -350,14 +358,16 @@ def _policy_pass(model: Transformer, batch: Sequence[tuple[Group, list[int]]], m
 def _ntp_pass(model: Transformer, runs: Sequence[Sequence[int]], weight: float) -> dict[str, float]:
     """Adds the gradient of plain next-token prediction on a batch of runs, each token weighing `weight`."""
     ids = pad(runs, model.head.device)
-    real = torch.arange(1, ids.shape[1], device=ids.device) < torch.tensor([len(r) for r in runs], device=ids.device)[:, None]
+    lengths = torch.tensor([len(run) for run in runs], device=ids.device)
+    real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
     logprobs, entropy = token_logprobs(model, model(ids)[:, :-1][real], ids[:, 1:][real])
     loss = -weight * logprobs.sum()
     loss.backward()
     return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "trained_tokens": len(logprobs)}
 
 
-def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method, weight: float) -> tuple[list, Callable]:
+def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method,
+              weight: float) -> tuple[list, Callable]:
     """Passes over runs, batched by the token budget, and an idle one."""
     batches: list[list] = [[]]
     for run in sorted(runs, key=len):
@@ -371,13 +381,13 @@ def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method,
 Pass = Callable[[], dict[str, float]]  # adds a gradient, returns sums over its tokens
 
 
-def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], work: Sequence[tuple[Sequence[Pass], Pass]],
-             grad_clip: float) -> dict[str, float] | None:
+def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
+             work: Sequence[tuple[Sequence[Pass], Pass]], grad_clip: float) -> dict[str, float] | None:
     """One optimizer step on the gradients that everyone's passes add; sums of what they return, over all processes.
 
     work: for each kind of pass this process's own, and an idle one of zero weight. Every process makes as many passes
-    of a kind as the busiest one, because a pass gathers shards from all. None, and the weights as they were, if the loss or the gradient is not finite: the sums
-    are the same everywhere, so all processes decide alike.
+    of a kind as the busiest one, because a pass gathers shards from all. None, and the weights as they were, if the
+    loss or the gradient is not finite: the sums are the same everywhere, so all processes decide alike.
     """
     device = model.head.device
     for optimizer in optimizers:
@@ -487,7 +497,8 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
             for mean, now in zip(average.parameters(), model.parameters()):
                 mean.lerp_(now, 1 - method.average_decay)
     metrics = rollout_metrics(groups, device) | trained | {"drawn": drawn}
-    totals = all_sum([timing["prefill_tokens"], timing["decode_tokens"], acted + 3 * method.updates * flops_of([g for g in groups if g.informative])], device)
+    learned = 3 * method.updates * flops_of([group for group in groups if group.informative])
+    totals = all_sum([timing["prefill_tokens"], timing["decode_tokens"], acted + learned], device)
     times = all_sum([timing["prefill_seconds"], timing["decode_seconds"], sampled - begin,
                      time.perf_counter() - sampled], device, "MAX")
     metrics |= {"prefill_tokens": totals[0], "decode_tokens": totals[1], "flops": totals[2]}
@@ -511,4 +522,5 @@ def rollout_metrics(groups: Sequence[Group], device: torch.device) -> dict[str, 
     n_groups, n = max(sums[0], 1), max(sums[1], 1)
     return {"reward": sums[2] / n, "accuracy": sums[4] / n, "parsed": sums[5] / n, "truncated": sums[6] / n,
             "length": sums[3] / n, "length_max": longest, "solved": sums[7] / n_groups,
-            "all_right": sums[8] / n_groups, "all_wrong": 1 - sums[7] / n_groups, "groups": sums[0], "responses": sums[1]}
+            "all_right": sums[8] / n_groups, "all_wrong": 1 - sums[7] / n_groups,
+            "groups": sums[0], "responses": sums[1]}

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -93,10 +94,10 @@ class Plan:
 
 
 RECIPES: dict[str, dict] = {
-    "toy": dict(questions=32, max_prompt=256, max_response=64, template="toy", micro_tokens=8192, part="solution", lr=5e-4,
-                weight_decay=0.0, beta2=0.99, steps=60, holdout=500),
-    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True, out="runs/paper",
-                  min_context=16, grad_clip=0.2),
+    "toy": dict(questions=32, max_prompt=256, max_response=64, template="toy", micro_tokens=8192, part="solution",
+                lr=5e-4, weight_decay=0.0, beta2=0.99, steps=60, holdout=500),
+    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True,
+                  out="runs/paper", min_context=16, grad_clip=0.2),
 }
 STAGES = {"rlvr": dict(template="plain", reward="answer")}  # whatever the recipe
 TOY_BASE = dict(stage="ntp", steps=600, questions=64, optimizer="muon", lr=0.015, decay=0.3, save_every=100)
@@ -137,8 +138,8 @@ def check(run: Run, method: Method) -> str | None:
         return f"--group-size {method.group_size}: a group needs at least 2 responses to compare"
     if method.template not in data.TEMPLATES:
         return f"--template {method.template}: one of {', '.join(data.TEMPLATES)}"
-    for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps", "save_every",
-                 "keep", "holdout", "min_context", "eval_questions"):
+    for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps",
+                 "save_every", "keep", "holdout", "min_context", "eval_questions"):
         value = getattr(method, name, None) or getattr(run, name, 0)
         if value < 1:
             return f"--{name.replace('_', '-')} {value}: must be at least 1"
@@ -172,7 +173,7 @@ def start(run: Run) -> torch.device:
 def shard(model: Transformer, run: Run, device_type: str) -> None:
     """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32.
 
-    With one process and float32 nothing is sharded: on the toy that wrapping costs a fifth of a step, bitwise for nothing.
+    With one process and float32 nothing is sharded: on the toy that costs a fifth of a step, bitwise for nothing.
     """
     world = dist.get_world_size()
     size = run.shard_group or world
@@ -185,7 +186,7 @@ def shard(model: Transformer, run: Run, device_type: str) -> None:
         fully_shard(block, **how)
     fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # the loss is already divided by the tokens of all processes: sum, never average
+        if isinstance(module, FSDPModule):  # the loss is divided by the tokens of all processes: sum, never average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -208,8 +209,9 @@ def make_optimizers(model: Transformer, run: Run) -> list[torch.optim.Optimizer]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if run.optimizer == "muon" else []
     chosen = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    adamw = torch.optim.AdamW(rest, lr=0.003 if matrices else run.lr, betas=(0.9, run.beta2), weight_decay=run.weight_decay)
-    optimizers = [adamw] + ([torch.optim.Muon(matrices, lr=run.lr, weight_decay=run.weight_decay)] if matrices else [])
+    decay, rate = run.weight_decay, 0.003 if matrices else run.lr
+    optimizers: list = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, run.beta2), weight_decay=decay)]
+    optimizers += [torch.optim.Muon(matrices, lr=run.lr, weight_decay=decay)] if matrices else []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -280,15 +282,18 @@ class RunFolder:
             with open(self.path / name, "a") as out:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def save(self, step: int, model: Transformer, optimizers: list, strikes: int, average: Transformer | None = None) -> None:
+    def save(self, step: int, model: Transformer, optimizers: list, strikes: int,
+             average: Transformer | None = None) -> None:
         """A checkpoint of the state after `step` steps."""
         place, aside = self.path / "checkpoints" / f"step-{step:06d}", self.path / "checkpoints" / "unfinished"
         if self.rank == 0 and aside.exists():
             shutil.rmtree(aside)
         all_gather(None)
         dcp.save(training_state(model, optimizers, average), checkpoint_id=aside)
-        mine = [f for f in aside.iterdir() if f.name.startswith(f"__{self.rank}_") or self.rank == 0 and f.name == ".metadata"]
-        sums = {name: digest for part in all_gather({f.name: file_digest(f) for f in mine}) for name, digest in part.items()}
+        mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] if self.rank == 0 else [])]
+        sums: dict[str, str] = {}
+        for part in all_gather({file.name: file_digest(file) for file in mine}):
+            sums |= part
         if self.rank == 0:
             sizes = {}
             for name in self.LOGS:
@@ -387,8 +392,10 @@ class Stop:
 def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer) -> list[dict]:
     """What rollouts.jsonl says about a step, one row per response, of all processes."""
     text = lambda content: content.decode(errors="backslashreplace")  # noqa: E731
-    rows = [{"step": step, "question": list(g.number), "document": g.question.document, "position": g.question.position,
-             "entropy": g.question.entropy if g.question.entropy == g.question.entropy else None, "context": text(tokenizer.bytes_of(g.question.context[-48:])),
+    rows = [{"step": step, "question": list(g.number), "document": g.question.document,
+             "position": g.question.position,
+             "entropy": g.question.entropy if math.isfinite(g.question.entropy) else None,
+             "context": text(tokenizer.bytes_of(g.question.context[-48:])),
              "truth": text(b"".join(g.question.truth[:4])), "response": text(r), "reward": reward,
              "prediction": None if p is None else text(p), "advantage": advantage, "finished": c.finished,
              "tokens": len(c.ids)}
@@ -427,13 +434,13 @@ def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, fo
         if metrics["skipped"]:
             say(f"step {step}: a loss, gradient or log-probability is not finite; the weights stay as they were")
         if strikes == STRIKES:
-            raise FloatingPointError(f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: lower --lr; "
-                                     f"the last good checkpoint is in {folder.path}/checkpoints")
+            raise FloatingPointError(f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
+                                     f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
         bar.update()
         shown = {"reward": "reward", "length": "length", "loss": "loss", "grad_norm": "gradient"}
-        bar.set_postfix(refresh=False, ordered_dict={name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
-                        | {key: f"{metrics['time'][key + '_tokens_per_s']:,.0f} tok/s" for key in ("decode", "train")
-                           if key + "_tokens_per_s" in metrics["time"]})
+        speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
+        bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
+                        | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)
         stopping = int(all_sum([stop.signal], model.head.device, "MAX")[0])
         if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
             folder.save(step + 1, model, optimizers, strikes, average)
@@ -466,7 +473,8 @@ def ntp_stage(run: Run, method: Method, device: torch.device, runs: list[list[in
     check_vocabulary(tokenizer, read_config(source).vocab_size, source)
     if runs is None:
         documents, _, _ = data.split_holdout(read_corpus(run.corpus), run.holdout, run.seed)
-        texts = [tokenizer.bos + ids + tokenizer.eos_ids[:1] for ids in tokenizer.encode_batch([d.text for d in documents])]
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        texts = [tokenizer.bos + ids + tokenizer.eos_ids[:1] for ids in encoded]
         texts = [ids[i: i + method.max_prompt] for ids in texts for i in range(0, len(ids), method.max_prompt)]
         pick = lambda step: data.draw(len(texts), run.seed, step, 0, method.questions)  # noqa: E731
     else:
@@ -489,14 +497,15 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
     check_vocabulary(tokenizer, read_config(source).vocab_size, source)
     documents = read_corpus(run.corpus)
     if len(documents) <= run.holdout:
-        raise ValueError(f"{run.corpus}: {len(documents)} documents, of which --holdout {run.holdout} leaves none to train on")
+        raise ValueError(f"{run.corpus}: {len(documents)} documents, of which --holdout {run.holdout} "
+                         "leaves none to train on")
     if run.stage == "rlvr":
         questions, held, table = data.answer_sets(tokenizer, documents, run.holdout, run.seed)
     else:
         questions, held, table = question_sets(
-            tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout, selector=run.selector,
-            value=run.select, min_context=run.min_context, part=run.part, seed=run.seed, window=method.max_prompt,
-            device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0], gather=all_gather)
+            tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout,
+            selector=run.selector, value=run.select, min_context=run.min_context, part=run.part, seed=run.seed,
+            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0], gather=all_gather)
     say(table)
     with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
         model = build(source, run, device)
@@ -508,7 +517,8 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
         average = build(source, run, device) if run.reward == "gain" else None
 
         def step_of(step: int, optimizers: list) -> tuple[list[Group], dict]:
-            return rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed, average=average)
+            return rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed,
+                            average=average)
 
         train(run, method, model, tokenizer, folder, step_of, lambda: evaluation.summary(evaluation.evaluate(
             model, tokenizer, held, method, seed=run.seed)), average)
@@ -531,7 +541,8 @@ def toy(run: Run, method: Method, device: torch.device) -> None:
         config = ModelConfig.from_dict(TOY_MODEL | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_ids[0]})
         export(Transformer(config), tokenizer, world / "init")
         ntp = dataclasses.replace(method, questions=TOY_BASE["questions"])
-        stories = data.toy_stories(base.steps * ntp.questions, seed=1 + run.seed, exclude=frozenset(d.text for d in held))
+        texts = frozenset(document.text for document in held)
+        stories = data.toy_stories(base.steps * ntp.questions, seed=1 + run.seed, exclude=texts)
         say(f"pre-training a weak base model on {len(stories):,} stories and thoughts, by next-token prediction")
         ntp_stage(base, ntp, device, data.toy_runs(tokenizer, stories, run.seed))
     say("reinforcement pre-training of the base model")
@@ -571,8 +582,8 @@ def plan(run: Run, method: Method, machine: Plan) -> str:
     path = Path(run.model)
     c = read_config(path if path.is_dir() else resolve(run.model))
     lines = [f"{c.model_type}, {c.num_hidden_layers} layers, hidden {c.hidden_size}; {method.questions} questions x "
-             f"{method.group_size} responses; prompts of {machine.prompt_tokens}, responses of {machine.response_tokens} tokens "
-             f"on average; {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s"]
+             f"{method.group_size} responses; prompts of {machine.prompt_tokens} and responses of "
+             f"{machine.response_tokens} tokens on average; {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s"]
     for processes in [machine.processes] if machine.processes else [1, 8, 64]:
         for memory in [machine.memory] if machine.memory else [80, 192]:
             lines += _plan_one(run, method, machine, c, processes, memory)
@@ -585,7 +596,7 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
     kv_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
     tokens = method.micro_tokens
     inner = tokens * (6 * c.hidden_size + 2 * c.num_attention_heads * c.head_dim + 4 * c.intermediate_size) * width
-    kept = tokens * c.hidden_size * width + tokens * kv_token / c.num_hidden_layers if run.checkpoint_activations else inner
+    kept = tokens * (c.hidden_size * width + kv_token / c.num_hidden_layers) if run.checkpoint_activations else inner
     parts = {
         "master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "rollout weights": width * whole,
         "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
@@ -597,14 +608,14 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
     worst = rows * method.max_response + -(-rows // method.group_size) * method.max_prompt
     cache = min(worst, method.cache_tokens or worst)
     out = [f"\n{processes} x {memory} GB, GB per process: " + ", ".join(f"{k} {v / gb:.1f}" for k, v in parts.items())]
-    out.append(f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} ({cache:,} tokens); "
-               f"training {train_bytes / gb:.1f}")
+    out.append(f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} "
+               f"({cache:,} tokens); training {train_bytes / gb:.1f}")
     if free < kv_token * (method.max_prompt + method.max_response):
-        out.append("  DOES NOT FIT: " + ("the gathered weights alone are too large for the rollout" if width * whole > memory * gb
-                                         else "weights and optimizer leave no room for a KV cache")
-                   + ": more processes" + ("" if memory >= 192 else ", accelerators with more memory") + ", or a smaller model")
+        out.append("  DOES NOT FIT: weights and optimizer leave no room for a KV cache: more processes, accelerators "
+                   "with more memory, or a smaller model")
     elif cache * kv_token > free:
-        out.append(f"  DOES NOT FIT as it is: --cache-tokens {int(free / kv_token) // 1000 * 1000} makes the rollout fit")
+        fitting = int(free / kv_token) // 1000 * 1000
+        out.append(f"  DOES NOT FIT as it is: --cache-tokens {fitting} makes the rollout fit")
     if train_bytes > 0.92 * memory * gb:
         less = max(1024, int(tokens * (0.92 * memory * gb - train_bytes + parts["activations"]) / parts["activations"]))
         fits = train_bytes - parts["activations"] * (1 - less / tokens) < 0.92 * memory * gb
@@ -620,9 +631,10 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
     read = steps * (width * whole + live * kv_token * (prompt / group + response / 2))
     seconds = [prefill / machine.tflops / 1e12, max(decode / machine.tflops / 1e12, read / machine.bandwidth / 1e9),
                learn / machine.tflops / 1e12]
-    out.append(f"  a step: {method.questions * (prompt + group * response):,} tokens, {processes * (prefill + decode + learn):.2e} "
-               f"FLOP; about {sum(seconds):,.0f} s (prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a "
-               f"time, training {seconds[2]:,.0f} if every group is informative)")
+    out.append(f"  a step: {method.questions * (prompt + group * response):,} tokens, "
+               f"{processes * (prefill + decode + learn):.2e} FLOP; about {sum(seconds):,.0f} s "
+               f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, training {seconds[2]:,.0f} if every group is "
+               "informative)")
     return out
 
 

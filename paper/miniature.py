@@ -83,8 +83,8 @@ class Lab:
     def measure(self, folder: Path, samples: int = 1, **changes: object) -> list[dict]:
         """Accuracies of the model in a folder on the held-out questions."""
         tokenizer, questions, method = self.held_out()
-        return evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, questions, dataclasses.replace(method, **changes),
-                                   samples, self.seed)
+        return evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, questions,
+                                   dataclasses.replace(method, **changes), samples, self.seed)
 
 
 # ---------------------------------------------------------------------------------------------- experiments
@@ -96,8 +96,8 @@ def table_1(lab: Lab) -> dict:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     spent = np.cumsum([row["flops"] for row in rows])
     evals = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    curve = [{"flops": float(spent[e["step"] - 1]), "step": e["step"]} | {s: e[s]["reasoning"] for s in evaluation.SPLITS}
-             for e in evals]
+    curve = [{"flops": float(spent[e["step"] - 1]), "step": e["step"]}
+             | {s: e[s]["reasoning"] for s in evaluation.SPLITS} for e in evals]
     return {"base": lab.measure(run / "base", 8), "RPT": lab.measure(run, 8), "curve": curve,
             "length": [row["length"] for row in rows], "reward": [row["reward"] for row in rows]}
 
@@ -122,12 +122,13 @@ def table_2(lab: Lab) -> dict:
     answers, out = lab.path("toy") / "world" / "answers.jsonl", {}
     for name, base in (("base", "toy/base"), ("continual next-token training", "ntp"), ("RPT", "toy")):
         start = lab.path("toy").parent / base
-        run = lab.train(f"rlvr from {name}", "--stage", "rlvr", "--model", start / "model", "--corpus", answers, "--steps", 20)
+        run = lab.train(f"rlvr from {name}", "--stage", "rlvr", "--model", start / "model", "--corpus", answers,
+                        "--steps", 20)
         tokenizer = Tokenizer.from_dir(run / "model")
         _, held, _ = data.answer_sets(tokenizer, data.read_corpus(answers), 500, lab.seed)
         _, method, _ = train.parse(["--stage", "rlvr", "--model", "-", "--corpus", "-"])
-        out[name] = [evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, held[: lab.questions], method, 1, lab.seed)
-                     for folder in (start, run)]
+        out[name] = [evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, held[: lab.questions], method,
+                                         1, lab.seed) for folder in (start, run)]
     return out
 
 
@@ -138,9 +139,10 @@ def table_3(lab: Lab) -> dict:
     _, held, _ = data.split_holdout(documents, 500, lab.seed)
     texts = {document.text for document in held}
     stories = [story for story in data.toy_stories(4500, 1000 + lab.seed) if story.text in texts][: lab.questions]
-    choices = [evaluation.Choice(s.problem + data.TOY_QUESTION, tuple(s.cups), s.cups.index(s.ball[-1])) for s in stories]
-    return {name: evaluation.multiple_choice(load_pretrained(lab.path("toy").parent / folder / "model"), tokenizer, choices, method,
-                                             lab.seed)
+    choices = [evaluation.Choice(s.problem + data.TOY_QUESTION, tuple(s.cups), s.cups.index(s.ball[-1]))
+               for s in stories]
+    return {name: evaluation.multiple_choice(load_pretrained(lab.path("toy").parent / folder / "model"), tokenizer,
+                                             choices, method, lab.seed)
             for name, folder in (("base", "toy/base"), ("continual next-token training", "ntp"), ("RPT", "toy"))}
 
 
@@ -152,10 +154,11 @@ def templates(lab: Lab) -> dict:
 
 
 def patterns(lab: Lab) -> dict:
-    """How far thoughts go: full, partial or no chain, at the beginning and at the end of RPT; and the paper's keywords."""
+    """How far thoughts go: full, partial or no chain, at the beginning and the end of RPT; and the paper's keywords."""
     rows = [json.loads(line) for line in (lab.path("toy") / "rollouts.jsonl").read_text().splitlines()]
     last, out = max(row["step"] for row in rows), {}
-    for name, some in (("first 5 steps", [r for r in rows if r["step"] < 5]), ("last 5 steps", [r for r in rows if r["step"] > last - 5])):
+    for name, some in (("first 5 steps", [r for r in rows if r["step"] < 5]),
+                       ("last 5 steps", [r for r in rows if r["step"] > last - 5])):
         kinds = [chain_kind(row) for row in some]
         out[name] = {kind: [float(k == kind) for k in kinds] for kind in ("full", "partial", "none")} | {
             "documents": [row["document"] for row in some],
@@ -200,15 +203,16 @@ def accuracies(name: str, records: Sequence[dict], measure: str) -> list[str]:
     cells = []
     for threshold in evaluation.SPLITS.values():
         some = [record for record in records if record["entropy"] > threshold]
-        values = {"standard": lambda r: r["standard"], "reasoning": lambda r: np.mean(r["reasoning"]), "vote": lambda r: r["vote"],
-                  "pass": lambda r: float(max(r["reasoning"]))}[measure]
+        values = {"standard": lambda r: r["standard"], "reasoning": lambda r: np.mean(r["reasoning"]),
+                  "vote": lambda r: r["vote"], "pass": lambda r: float(max(r["reasoning"]))}[measure]
         cells.append(interval([values(r) for r in some], [r["document"] for r in some]))
     return [name, *cells]
 
 
 def section(title: str, text: str, head: list[str], rows: list[list[str]], figure: dict | None = None) -> dict:
     """A part of results.json."""
-    return {"title": title, "text": text, "table": {"head": head, "rows": rows}} | ({"figure": figure} if figure else {})
+    return {"title": title, "text": text, "table": {"head": head, "rows": rows}} | (
+        {"figure": figure} if figure else {})
 
 
 def scaling_section(found: list[dict]) -> dict:
@@ -224,11 +228,12 @@ def scaling_section(found: list[dict]) -> dict:
         rows.append([split, str(len(compute)), cell["A"], cell["alpha"], cell["P_star"], f"{r2:.3f}"])
         fine = np.geomspace(compute[0], compute[-1], 60)
         series += [{"name": split, "x": compute.tolist(), "y": accuracy.tolist(), "kind": "points"},
-                   {"name": f"{split}, fit", "x": fine.tolist(), "y": (A * fine**-alpha + P_star).tolist(), "kind": "line"}]
-    figure = {"title": "Accuracy against compute", "x": "training FLOPs of RPT", "y": "next-token reasoning accuracy", "log_x": True,
-              "series": series}
-    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the mean over seeds at each checkpoint, with residual-bootstrap "
-                   "intervals.", ["split", "checkpoints", "A", "alpha", "P*", "R²"], rows, figure)
+                   {"name": f"{split}, fit", "x": fine.tolist(), "y": (A * fine**-alpha + P_star).tolist(),
+                    "kind": "line"}]
+    figure = {"title": "Accuracy against compute", "x": "training FLOPs of RPT", "y": "next-token reasoning accuracy",
+              "log_x": True, "series": series}
+    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the mean over seeds at each checkpoint, with "
+                   "residual-bootstrap intervals.", ["split", "checkpoints", "A", "alpha", "P*", "R²"], rows, figure)
 
 
 def sections(found: dict[str, list[dict]]) -> list[dict]:
@@ -243,31 +248,41 @@ def sections(found: dict[str, list[dict]]) -> list[dict]:
     steps = ", ".join(str(each["steps"]) for each in found["matched ntp"])
     one += [accuracies("continual next-token training, standard", ntp, "standard"),
             accuracies("continual next-token training, reasoning", ntp, "reasoning")]
-    parse = {name: 100 * np.mean([np.mean(r["parsed"]) for r in records]) for name, records in (("base", base), ("RPT", after))}
-    lengths = np.mean([each["length"] for each in found["table 1"]], axis=0), np.mean([each["reward"] for each in found["table 1"]], axis=0)
+    parse = {name: 100 * np.mean([np.mean(r["parsed"]) for r in records])
+             for name, records in (("base", base), ("RPT", after))}
+    lengths = (np.mean([each["length"] for each in found["table 1"]], axis=0),
+               np.mean([each["reward"] for each in found["table 1"]], axis=0))
     time = list(range(len(lengths[0])))
-    out = [section("Table 1: next-token accuracy", f"In %, on held-out documents. Responses that hold a prediction: base {parse['base']:.1f} %, "
-                   f"RPT {parse['RPT']:.1f} %. The next-token baseline had the FLOPs of RPT ({steps} steps).", head, one,
+    out = [section("Table 1: next-token accuracy",
+                   f"In %, on held-out documents. Responses that hold a prediction: base {parse['base']:.1f} %, "
+                   f"RPT {parse['RPT']:.1f} %. The next-token baseline had the FLOPs of RPT ({steps} steps).",
+                   head, one,
                    {"title": "Response length during RPT", "x": "step", "y": "tokens", "log_x": False,
                     "series": [{"name": "mean response length", "x": time, "y": lengths[0].tolist(), "kind": "line"}]}),
            scaling_section(found["table 1"])]
     differences = []
-    for name, records in [("RPT, prefix reward", after), *((name, pooled(found["variants"], name)) for name in VARIANTS)]:
-        differences.append(accuracies(name, records, "reasoning") + [f"{np.mean([np.mean(r['length']) for r in records]):.1f}"])
-    out.append(section("Rewards, controls and options of later work", "Reasoning accuracy in % after the same number of steps from the same "
-                       "base models.", [*head, "length"], differences))
+    for name, records in [("RPT, prefix reward", after),
+                          *((name, pooled(found["variants"], name)) for name in VARIANTS)]:
+        differences.append(accuracies(name, records, "reasoning")
+                           + [f"{np.mean([np.mean(r['length']) for r in records]):.1f}"])
+    out.append(section("Rewards, controls and options of later work",
+                       "Reasoning accuracy in % after the same number of steps from the same base models.",
+                       [*head, "length"], differences))
     two = []
     for name in found["table 2"][0]:
         pair = [pooled(found["table 2"], name, when) for when in (0, 1)]
-        two.append([name, *(interval([np.mean(r["reasoning"]) for r in records], [r["document"] for r in records]) for records in pair)])
-    out.append(section("Table 2: RL with verifiable rewards afterwards", "Accuracy in % on held-out question-answer pairs, before and after "
-                       "20 steps.", ["start", "before", "after"], two))
+        two.append([name, *(interval([np.mean(r["reasoning"]) for r in records], [r["document"] for r in records])
+                            for records in pair)])
+    out.append(section("Table 2: RL with verifiable rewards afterwards",
+                       "Accuracy in % on held-out question-answer pairs, before and after 20 steps.",
+                       ["start", "before", "after"], two))
     three = []
     for name in found["table 3"][0]:
         records = pooled(found["table 3"], name)
         three.append([name, *(interval([np.mean(r[key]) for r in records], [r["document"] for r in records])
                               for key in ("standard", "reasoning"))])
-    out.append(section("Table 3: zero-shot multiple choice", "Accuracy in % on stories of 3 to 8 cups; chance is about 20 %.",
+    out.append(section("Table 3: zero-shot multiple choice",
+                       "Accuracy in % on stories of 3 to 8 cups; chance is about 20 %.",
                        ["model", "standard", "reasoning"], three))
     four = []
     for name in found["templates"][0]:
@@ -275,16 +290,19 @@ def sections(found: dict[str, list[dict]]) -> list[dict]:
         documents = [r["document"] for r in records]
         four.append([name, interval([np.mean(r["reasoning"]) for r in records], documents),
                      interval([float(max(r["reasoning"])) for r in records], documents)])
-    out.append(section("Prompt templates before training", "The base model has seen only the toy's own template; the paper's are foreign to "
-                       "it.", ["template", "random@1", "pass@8"], four))
+    out.append(section("Prompt templates before training",
+                       "The base model has seen only the toy's own template; the paper's are foreign to it.",
+                       ["template", "random@1", "pass@8"], four))
     five, words = [], []
     for name in found["patterns"][0]:
         rows = [(seed, each[name]) for seed, each in enumerate(found["patterns"])]
         documents = [(seed, d) for seed, each in rows for d in each["documents"]]
-        five.append([name, *(interval([v for _, each in rows for v in each[kind]], documents) for kind in ("full", "partial", "none"))])
+        five.append([name, *(interval([v for _, each in rows for v in each[kind]], documents)
+                             for kind in ("full", "partial", "none"))])
         words.append(f"{name}: {max(max(each['keywords'].values()) for _, each in rows):.0%}")
-    out.append(section("Reasoning patterns", "Share of responses in % whose thought follows all swaps, some, or none. The paper's six keyword "
-                       f"groups occur in at most: {'; '.join(words)}: the toy's thoughts have no words.",
+    out.append(section("Reasoning patterns",
+                       "Share of responses in % whose thought follows all swaps, some, or none. The paper's six "
+                       f"keyword groups occur in at most: {'; '.join(words)}: the toy's thoughts have no words.",
                        ["", "full chain", "partial", "none"], five))
     return out
 
@@ -297,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="", help="folder (runs/miniature, or runs/quick)")
     parser.add_argument("--figures", default="", help="folder for the figures as SVG (none)")
     args = parser.parse_args(argv)
-    root, seeds = Path(args.out or ("runs/quick" if args.quick else "runs/miniature")), args.seeds or ([0] if args.quick else [0, 1, 2])
+    root = Path(args.out or ("runs/quick" if args.quick else "runs/miniature"))
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     found: dict[str, list[dict]] = {name: [] for name in EXPERIMENTS}
     bar = tqdm(total=len(seeds) * len(EXPERIMENTS), desc="miniature", unit="experiment")
     for seed in seeds:

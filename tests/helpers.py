@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model whose predictions are not uniform, and a guard against implicit devices."""
+"""What the test files share: a tiny model whose predictions are not uniform, and a guard against implicit devices."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ class ExplicitDevices(TorchFunctionMode):
     A call counts as ours if our file is the nearest caller outside of torch. Backward passes are watched too.
     """
 
-    FACTORIES = _device_constructors()  # torch.zeros, tensor, arange, rand, as_tensor, ...: what `torch.device` redirects
+    FACTORIES = _device_constructors()  # torch.zeros, tensor, arange, as_tensor, ...: what `torch.device` redirects
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -54,7 +54,8 @@ class ExplicitDevices(TorchFunctionMode):
             while frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(TORCH):
                 frame = frame.f_back
             if frame.f_code.co_filename in OURS:
-                raise AssertionError(f"{frame.f_code.co_filename}:{frame.f_lineno}: torch.{func.__name__} without device=")
+                raise AssertionError(
+                    f"{frame.f_code.co_filename}:{frame.f_lineno}: torch.{func.__name__} without device=")
         if func is torch.Tensor.backward:  # would run the engine without this mode, so it is entered again around it
             assert kwargs.get("gradient") is None and args[0].ndim == 0
             with self:
@@ -69,11 +70,12 @@ def weak_base(folder: Path) -> None:
     data.write_toy(folder, seed=0, count=400)
     tokenizer = data.toy_tokenizer()
     torch.manual_seed(0)
-    config = ModelConfig.from_dict(train.TOY_MODEL | {"vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96})
+    config = ModelConfig.from_dict(train.TOY_MODEL | {
+        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96})
     train.export(Transformer(config), tokenizer, folder / "init")
-    run, method, _ = train.parse(["--model", str(folder / "init"), "--corpus", "none", "--out", str(folder / "base"), "--stage",
-                                  "ntp", "--optimizer", "muon", "--lr", "0.02", "--steps", "90", "--questions", "32",
-                                  "--decay", "0.3", "--save-every", "1000"])
+    run, method, _ = train.parse(["--model", str(folder / "init"), "--corpus", "none", "--out", str(folder / "base"),
+                                  "--stage", "ntp", "--optimizer", "muon", "--lr", "0.02", "--steps", "90",
+                                  "--questions", "32", "--decay", "0.3", "--save-every", "1000"])
     held = data.split_holdout(data.read_corpus(folder / "corpus.jsonl"), 40, 0)[1]
     stories = data.toy_stories(90 * 32, seed=1, exclude=frozenset(d.text for d in held))
     train.ntp_stage(run, method, torch.device("cpu"), data.toy_runs(tokenizer, stories, 0))

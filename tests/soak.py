@@ -24,10 +24,12 @@ from helpers import ROOT, weak_base
 
 
 def command(processes: int, folder: Path, out: Path, steps: int) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+              if processes > 1 else [])
     return [sys.executable, *launch, str(ROOT / "train.py"), "--model", str(folder / "base" / "model"), "--corpus",
-            str(folder / "corpus.jsonl"), "--out", str(out), "--steps", str(steps), "--questions", "6", "--group-size", "4",
-            "--max-response", "40", "--holdout", "40", "--select", "0.3", "--save-every", "2", "--lr", "0.002"]
+            str(folder / "corpus.jsonl"), "--out", str(out), "--steps", str(steps), "--questions", "6",
+            "--group-size", "4", "--max-response", "40", "--holdout", "40", "--select", "0.3", "--save-every", "2",
+            "--lr", "0.002"]
 
 
 def workers(pid: int) -> list[int]:
@@ -50,7 +52,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder, chance, quiet = Path(tempfile.mkdtemp()), random.Random(args.seed), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    folder, chance = Path(tempfile.mkdtemp()), random.Random(args.seed)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     os.environ["OMP_NUM_THREADS"] = "1"
     weak_base(folder)
     begin = time.time()
@@ -69,11 +72,14 @@ def main() -> None:
             run.wait()
             kills += 1
             log = folder / "killed" / "metrics.jsonl"
-            print(f"kill {kills} after {patience:.1f} s, {len(log.read_text().splitlines()) if log.exists() else 0} steps logged")
+            logged = len(log.read_text().splitlines()) if log.exists() else 0
+            print(f"kill {kills} after {patience:.1f} s, {logged} steps logged")
     a, b = results(folder / "undisturbed"), results(folder / "killed")
-    same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1], "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
+    same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
+            "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
             "every step once": [row["step"] for row in b[0]] == list(range(args.steps))}
-    print(f"{args.processes} processes, {kills} kills: " + ", ".join(f"{k} {'equal' if v else 'DIFFERENT'}" for k, v in same.items()))
+    print(f"{args.processes} processes, {kills} kills: "
+          + ", ".join(f"{k} {'equal' if v else 'DIFFERENT'}" for k, v in same.items()))
     sys.exit(not all(same.values()))
 
 

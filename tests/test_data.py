@@ -72,11 +72,12 @@ def nfc(text: str) -> bytes:
 
 
 def byte_level(rng: random.Random, special: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
-    """GPT-2 or Qwen style, NFC, with a random vocabulary that has tokens of several bytes, some of them cut characters."""
+    """GPT-2 or Qwen style, NFC; a random vocabulary that has tokens of several bytes, some of them cut characters."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(data.QWEN_SPLIT), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     texts = [text[rng.randrange(9):] for text in rng.choices(TEXTS, k=4)] + ["日本 語文 字🚀🤗é"] * 3
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
@@ -108,7 +109,8 @@ def byte_fallback(rng: random.Random, metaspace: bool) -> tokenizers.Tokenizer:
 def read(bpe: tokenizers.Tokenizer, settings: dict, **files: object) -> Tokenizer:
     """data.Tokenizer of a tokenizer and the JSON objects beside it."""
     config = files.pop("config", {})
-    files = {f"{name}.json": json.dumps(content).encode() for name, content in (files | {"tokenizer_config": settings}).items()}
+    files = {f"{name}.json": json.dumps(content).encode()
+             for name, content in (files | {"tokenizer_config": settings}).items()}
     return Tokenizer(files | {"tokenizer.json": bpe.to_str().encode()}, config, "here")
 
 
@@ -240,13 +242,16 @@ def test_a_missing_tokenizer_is_file_not_found(tmp_path):
 # The chat format, against the branches of the published templates that a lone user message takes
 
 CHATML = ("{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}"
-          "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+          "{%- if messages[0]['role'] == 'system' %}"
+          "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
           "@{%- endif %}{%- endif %}{%- for message in messages %}"
           "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endfor %}"
           "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
-DEEPSEEK = ("{{bos_token}}{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}"
+DEEPSEEK = ("{{bos_token}}{%- for message in messages %}"
+            "{%- if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}"
             "{%- endif %}{%- endfor -%}{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}")
-SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+           "{{ '<|im_start|>system\n"
            "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -267,7 +272,8 @@ FAMILIES = {  # template, special tokens, and what the tokens read as around the
                 "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
                 "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     "Qwen2.5-Math": (default("Please reason step by step, and put your final answer within \\\\boxed{}."), OF_QWEN,
-                     "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                     "<|im_start|>system\n"
+                     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
                      "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     "SmolLM2": (SMOLLM2, OF_QWEN,
                 "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -291,7 +297,7 @@ def family(name: str, beside: bool = False) -> Tokenizer:
 
 
 def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Special tokens where they are spelled, and what stands between them as text: what a chat template's text means."""
+    """Special tokens where they are spelled, what stands between them as text: what a chat template's text means."""
     pattern = "(" + "|".join(map(re.escape, tokenizer.special)) + ")"
     return [id for piece in re.split(pattern, text) if piece
             for id in ([tokenizer.special[piece]] if piece in tokenizer.special else tokenizer.encode(piece))]
@@ -331,7 +337,8 @@ def test_the_chat_format_is_that_of_transformers(name, tmp_path):
     tokenizer.save(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for prompt in PROMPTS:
-        text = theirs.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        text = theirs.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         assert tokenizer.chat(prompt) == theirs(text + "<think>\n", add_special_tokens=False)["input_ids"]
 
 
@@ -346,11 +353,13 @@ def test_the_users_text_never_becomes_a_special_token(name):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "no family", "byte fallback"])
 def test_a_context_is_inserted_as_its_own_ids(name):
-    tokenizer = family(name) if name in FAMILIES else MAKERS[{"no family": "byte level"}.get(name, name)](random.Random(1))
+    tokenizer = (family(name) if name in FAMILIES
+                 else MAKERS[{"no family": "byte level"}.get(name, name)](random.Random(1)))
     rng = random.Random(name)
     for _ in range(20):
-        context = rng.choices(range(len(tokenizer)), k=rng.randint(0, 9)) + tokenizer.encode("日")[:1]  # half a character
-        plain, ids = tokenizer.chat("Text:\n{context} and then", []), tokenizer.chat("Text:\n{context} and then", context)
+        context = rng.choices(range(len(tokenizer)), k=rng.randint(0, 9)) + tokenizer.encode("日")[:1]  # a cut character
+        plain = tokenizer.chat("Text:\n{context} and then", [])
+        ids = tokenizer.chat("Text:\n{context} and then", context)
         places = [n for n in range(len(plain) + 1) if plain[:n] + context + plain[n:] == ids]
         sides = [(tokenizer.bytes_of(plain[:n]), tokenizer.bytes_of(plain[n:])) for n in places]
         assert any(left.endswith(b"Text:\n") and right.startswith(b" and then") for left, right in sides)
@@ -527,7 +536,8 @@ def exact_entropy(logits: torch.Tensor, top_k: int) -> list[list[float]]:
 @pytest.mark.parametrize("top_k", [1, 5, 16, 40, 1000])
 def test_the_entropy_is_that_of_the_renormalised_most_probable_tokens(top_k):
     model = tiny()
-    ids = torch.randint(40, (3, 211), generator=torch.Generator("cpu").manual_seed(0))  # 633 positions: the head takes two
+    # 633 positions: the head takes two
+    ids = torch.randint(40, (3, 211), generator=torch.Generator("cpu").manual_seed(0))
     entropy = next_token_entropy(model, ids, top_k)
     with torch.no_grad():
         exact = exact_entropy(model.logits(model(ids)), top_k)
@@ -544,7 +554,8 @@ def test_the_entropy_of_sixteen_equal_tokens_is_the_logarithm_of_sixteen():
 
 
 WINDOW = 16
-RUNS = [random.Random(n).choices(range(40), k=size) for n, size in enumerate((5, 16, 17, 1, 60, 24, 25, 9, 41, 16, 2, 7))]
+RUNS = [random.Random(n).choices(range(40), k=size)
+        for n, size in enumerate((5, 16, 17, 1, 60, 24, 25, 9, 41, 16, 2, 7))]
 
 
 def pass_over(model, bos, file, rank=0, gather=lambda part: [part]):
@@ -730,7 +741,8 @@ def test_entropies_are_computed_once_for_the_same_inputs_and_again_for_others(to
 # Positions
 
 
-def some_questions(rng: random.Random, tokenizer: Tokenizer) -> tuple[list[Document], list[list[int]], list[np.ndarray]]:
+def some_questions(rng: random.Random,
+                   tokenizer: Tokenizer) -> tuple[list[Document], list[list[int]], list[np.ndarray]]:
     documents, ends = [], ("?", ".", " 7", "é", "日", "}", "\n", " ")
     for n in range(30):
         problem = rng.choice(TEXTS)[: rng.randint(1, 40)] + rng.choice(ends)
@@ -747,7 +759,7 @@ def some_questions(rng: random.Random, tokenizer: Tokenizer) -> tuple[list[Docum
 
 
 def candidates(tokenizer, documents, ids, entropies, min_context: int, part: str) -> list[tuple[int, int]]:
-    """Positions that may be asked about, by the definition; whether a box can hold the truth comes after the selector."""
+    """Positions that may be asked about, by definition; whether a box can hold the truth comes after the selector."""
     out = []
     for d, document in enumerate(documents):
         begin = len(document.text.encode()) - len(document.text[len(document.problem or ""):].lstrip().encode())
@@ -812,9 +824,11 @@ def test_a_question_is_what_precedes_and_the_bytes_of_what_follows(toy):
     questions = QuestionSet(toy, ids, [Document("x", 70), Document("y", 71)], places, entropy)
     for question, (document, position), entropy in zip(questions, questions.places.tolist(), (0.5, 1.5, 2.5)):
         run = ids[document]
-        assert question == Question(tuple(run[:position]), tuple(toy.token_bytes(id) for id in run[position: position + 32]),
-                                    70 + document, position, entropy)
-    assert len(questions) == 3 and len(questions[0].truth) == 32 and questions[1].truth == (toy.token_bytes(ids[0][-1]),)
+        assert question == Question(
+            tuple(run[:position]), tuple(toy.token_bytes(id) for id in run[position: position + 32]),
+            70 + document, position, entropy)
+    assert len(questions) == 3 and len(questions[0].truth) == 32
+    assert questions[1].truth == (toy.token_bytes(ids[0][-1]),)
 
 
 # Prompts
@@ -822,9 +836,10 @@ def test_a_question_is_what_precedes_and_the_bytes_of_what_follows(toy):
 
 def test_template_v0_is_the_papers():
     assert TEMPLATES["v0"] == (
-        "Complete the given text under ‘### Context’ by predicting the next token, and wrap it in ‘\\boxed{}’. Please reason step "
-        "by step to find the most probable next token as the final answer, and enclose it in \\boxed{} (note: the token may begin "
-        "with a space, e.g., \\boxed{ para} or \\boxed{ =}; do not use \\text{}).\n\n### Context\n{context}")
+        "Complete the given text under ‘### Context’ by predicting the next token, and wrap it in ‘\\boxed{}’. Please "
+        "reason step by step to find the most probable next token as the final answer, and enclose it in \\boxed{} "
+        "(note: the token may begin with a space, e.g., \\boxed{ para} or \\boxed{ =}; do not use \\text{}).\n\n"
+        "### Context\n{context}")
 
 
 @pytest.mark.parametrize("name", ["v0", "v1", "v2", "v3", "v4", "v5", "v6"])
@@ -833,7 +848,8 @@ def test_templates_hold_one_context_and_the_note_about_the_box(name):
     assert template.count("{context}") == 1 and "\0" not in template and "{}}" not in template
     assert "(note: the token may begin with a space, e.g., \\boxed{ para} or \\boxed{" in template
     assert template.count("\\boxed{}") >= 1 or name == "v4"
-    assert template.endswith(("{context}", "{context}```", "{context}```.", "{context}```, now please predict the next token."))
+    assert template.endswith((
+        "{context}", "{context}```", "{context}```.", "{context}```, now please predict the next token."))
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(toy):
@@ -848,7 +864,8 @@ def test_a_context_that_is_too_long_loses_its_beginning(toy):
                 kept = context[max(0, size - room):]
                 assert prompt == toy.chat(TEMPLATES[template], kept) and len(prompt) == frame + min(size, room)
         for limit in (frame, frame - 1, 1):
-            with pytest.raises(ValueError, match=f"--max-prompt {limit}: template {template} alone takes {frame} tokens"):
+            refusal = f"--max-prompt {limit}: template {template} alone takes {frame} tokens"
+            with pytest.raises(ValueError, match=refusal):
                 prompt_ids(toy, question, template, limit)
 
 
@@ -872,7 +889,8 @@ def test_draws_are_uniform():
         first[numbers[0]] += 1
         for number in numbers:
             counts[number] += 1
-    # Pearson's statistic, 19 degrees of freedom: above 43.8 once in a thousand. Without repetition the variance is 15/19.
+    # Pearson's statistic, 19 degrees of freedom: above 43.8 once in a thousand.
+    # Without repetition the variance is 15/19.
     assert ((first - 200) ** 2 / 200).sum() < 43.8 and ((counts - 1000) ** 2 / 1000).sum() * 19 / 15 < 43.8
 
 
@@ -955,7 +973,8 @@ def test_the_weak_reasoner_sees_the_mixture_that_is_described(toy):
 
 
 def test_the_toy_tokenizer_has_all_that_a_real_one_has(toy):
-    assert [toy.token_bytes(toy.special[token]) for token in data.SYSTEM_TOKENS] == [t.encode() for t in data.SYSTEM_TOKENS]
+    assert [toy.token_bytes(toy.special[token]) for token in data.SYSTEM_TOKENS] == [
+        t.encode() for t in data.SYSTEM_TOKENS]
     assert toy.eos_ids == [toy.special["<|im_end|>"]] and toy.special["<think>"] in toy.chat("x")
     assert toy.encode(" ball") and len(toy.encode(" ball")) == 1 and len(toy.encode(" under A. 1")) < len(" under A. 1")
     for text in TEXTS:
@@ -996,7 +1015,8 @@ def test_the_chat_format_of_the_real_deepseek_tokenizer(deepseek):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(ASSETS / "tokenizers/deepseek_r1_distill_qwen")
     for prompt in [*PROMPTS, *TEMPLATES.values()]:
-        text = theirs.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        text = theirs.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         assert deepseek.chat(prompt) == theirs(text + "<think>\n", add_special_tokens=False)["input_ids"]
 
 
@@ -1049,7 +1069,8 @@ def test_the_true_continuations_of_omnimath_earn_the_reward_and_damaged_ones_do_
                 otherwise += expected
         boxed = [prefix_match(extract_prediction(b"so</think>\n\n\\boxed{" + b"".join(truth[:n]) + b"}"), truth)
                  for n in range(1, len(truth) + 1)]
-        assert any(boxed) == reachable(truth) == data._reachable(deepseek, ids[question.document][question.position:][:32])
+        assert any(boxed) == reachable(truth) == data._reachable(
+            deepseek, ids[question.document][question.position:][:32])
         held += any(boxed)
         if not any(mark in truth[0] for mark in (b"{", b"}", b"\\boxed")):
             assert boxed[0] == 1.0

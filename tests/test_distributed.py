@@ -56,8 +56,8 @@ def test_processes_and_micro_batches_change_nothing(three_steps, processes, micr
 
 # ---- train.py: killed, restarted, resharded
 
-ARGUMENTS = ["--steps", "4", "--questions", "6", "--group-size", "4", "--max-response", "40", "--holdout", "40", "--save-every", "1",
-             "--keep", "2", "--select", "0.3", "--lr", "0.002"]
+ARGUMENTS = ["--steps", "4", "--questions", "6", "--group-size", "4", "--max-response", "40", "--holdout", "40",
+             "--save-every", "1", "--keep", "2", "--select", "0.3", "--lr", "0.002"]
 
 
 def arguments(toy, out, *more):
@@ -88,7 +88,8 @@ def undisturbed(toy, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("where, call", [("rollout", 3), ("training", 1), ("writing", 2), ("renaming", 4), ("logging", 5)])
+@pytest.mark.parametrize("where, call", [
+    ("rollout", 3), ("training", 1), ("writing", 2), ("renaming", 4), ("logging", 5)])
 def test_a_killed_process_loses_nothing(toy, undisturbed, tmp_path, where, call):
     """One of two processes is killed with SIGKILL; torchrun starts both again; nothing tells the run from the other."""
     rank = 0 if where in ("renaming", "logging") else 1

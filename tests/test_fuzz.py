@@ -10,10 +10,12 @@ from model import ModelConfig, tensor_shapes
 
 GOOD = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e4, "tie_word_embeddings": True}
-ODD = [None, True, False, 0, -1, 1, 3, 1.5, 2**70, float("nan"), float("inf"), "", "x", "1", [], [1], {}, {"rope_type": "yarn"},
-       {"rope_type": "llama3", "factor": 0}, {"rope_type": "default", "rope_theta": "x"}, {"type": "linear"}, "qwen2", "llama"]
-KEYS = [*GOOD, "head_dim", "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "eos_token_id", "max_position_embeddings",
-        "rms_norm_eps", "layer_types", "quantization_config", "use_sliding_window", "hidden_act", "attention_bias", "mlp_bias"]
+ODD = [None, True, False, 0, -1, 1, 3, 1.5, 2**70, float("nan"), float("inf"), "", "x", "1", [], [1], {},
+       {"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 0}, {"rope_type": "default", "rope_theta": "x"},
+       {"type": "linear"}, "qwen2", "llama"]
+KEYS = [*GOOD, "head_dim", "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "eos_token_id",
+        "max_position_embeddings", "rms_norm_eps", "layer_types", "quantization_config", "use_sliding_window",
+        "hidden_act", "attention_bias", "mlp_bias"]
 
 
 def test_any_config_is_read_or_refused_with_a_value_error():
@@ -49,8 +51,8 @@ def test_any_row_is_a_document_or_refused_with_a_value_error():
 
 def test_any_corpus_file_is_read_or_refused_with_a_value_error(tmp_path):
     chance, file = random.Random(2), tmp_path / "corpus.jsonl"
-    pieces = [b'{"text": "', b'"}', b"\n", b"{", b"}", b"[" * 50, b"\xff\xfe", b"\xc3\xa9", b"\\u0041", b"\\ud800", b"null", b",", b" ",
-              b'"problem": "a", ', b'{"text": "fine"}\n', b"\x00", b"1e999"]
+    pieces = [b'{"text": "', b'"}', b"\n", b"{", b"}", b"[" * 50, b"\xff\xfe", b"\xc3\xa9", b"\\u0041", b"\\ud800",
+              b"null", b",", b" ", b'"problem": "a", ', b'{"text": "fine"}\n', b"\x00", b"1e999"]
     outcomes = {True: 0, False: 0}
     for _ in range(4_000):
         file.write_bytes(b"".join(chance.choices(pieces, k=chance.randrange(4))))
@@ -75,9 +77,11 @@ def test_any_safetensors_header_is_read_or_refused_with_a_value_error(tmp_path):
     for _ in range(4_000):
         entry = {"dtype": "F32", "shape": chance.choice([[2, 2], [-1], "x", None, [2**60]]),
                  "data_offsets": chance.choice([[0, 16], [0], [16, 0], "x", None, [0, 2**70], [0, "y"]])}
-        header = json.dumps(chance.choice([{"w": entry}, {"w": 1}, [entry], {}, "x", {"__metadata__": 1, "w": entry}])).encode()
+        header = json.dumps(chance.choice([
+            {"w": entry}, {"w": 1}, [entry], {}, "x", {"__metadata__": 1, "w": entry}])).encode()
         length = chance.choice([len(header), len(header) + 1, 0, 2**63, 2**64 - 1, 5])
-        file.write_bytes((length.to_bytes(8, "little") + header + b"\0" * chance.choice([0, 15, 16]))[: chance.randrange(0, 400)])
+        content = length.to_bytes(8, "little") + header + b"\0" * chance.choice([0, 15, 16])
+        file.write_bytes(content[: chance.randrange(0, 400)])
         try:
             tensor_shapes(file)
         except ValueError as error:

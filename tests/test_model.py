@@ -1,4 +1,4 @@
-"""Laws of model.py: its oracle is transformers where that is installed, and numbers frozen from it (fixtures/) where not."""
+"""Laws of model.py: its oracle is transformers where installed, and numbers frozen from it (fixtures/) where not."""
 
 import ast
 import dataclasses
@@ -77,7 +77,8 @@ def theirs(name: str, directory: Path, dtype: torch.dtype, **save):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**CASES[name] | {"initializer_range": 1.2 / CASES[name]["hidden_size"] ** 0.5}), dtype=torch.float32)
+        transformers.AutoConfig.for_model(**CASES[name] | {
+            "initializer_range": 1.2 / CASES[name]["hidden_size"] ** 0.5}), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -236,7 +237,8 @@ def test_what_stands_in_the_padding_has_no_effect():
     for filler in (0, 39):
         prompts, own = (torch.full((3, width), filler) for width in (9, 6))  # wider than the longest run, too
         for row in range(3):
-            prompts[row, : lengths[row]], own[row, : row + 1] = torch.arange(lengths[row]) + row, torch.arange(row + 1) + 20
+            prompts[row, : lengths[row]] = torch.arange(lengths[row]) + row
+            own[row, : row + 1] = torch.arange(row + 1) + 20
         parent = Segment(lengths, CPU)
         model(prompts, parent)
         hidden = model(own, Segment([1, 2, 3], CPU, parent, [0, 1, 2]))
@@ -389,7 +391,8 @@ UNSUPPORTED = {  # a change of config.json -> what the error must name; "key": .
 
 @pytest.mark.parametrize("named", UNSUPPORTED)
 def test_a_config_that_would_not_be_computed_faithfully_is_refused_by_name(named):
-    ModelConfig.from_dict(NEW | {"use_sliding_window": False, "layer_types": ["full_attention"] * 2, "sliding_window": 4096})
+    ModelConfig.from_dict(NEW | {
+        "use_sliding_window": False, "layer_types": ["full_attention"] * 2, "sliding_window": 4096})
     changed = {key: value for key, value in (NEW | UNSUPPORTED[named]).items() if value is not ...}
     with pytest.raises(ValueError, match=named) as error:
         ModelConfig.from_dict(changed)
@@ -408,9 +411,11 @@ def test_unusable_weight_files_are_refused_in_one_sentence(checkpoint):
         return len(text).to_bytes(8, "little") + text + whole[8 + length:]
 
     broken = {
-        "empty": b"", "a few bytes": whole[:5], "cut in the header": whole[: 8 + length // 2], "cut in the data": whole[:-1],
-        "longer than its header says": whole + b"\0", "absurd header size": b"\xff" * 8 + whole[8:],
-        "header beyond the file": (len(whole)).to_bytes(8, "little") + whole[8:], "not JSON": whole[:8] + b"\0" * length,
+        "empty": b"", "a few bytes": whole[:5], "cut in the header": whole[: 8 + length // 2],
+        "cut in the data": whole[:-1], "longer than its header says": whole + b"\0",
+        "absurd header size": b"\xff" * 8 + whole[8:],
+        "header beyond the file": (len(whole)).to_bytes(8, "little") + whole[8:],
+        "not JSON": whole[:8] + b"\0" * length,
         "a list": with_header([1]), "no shape": with_header({name: {"data_offsets": [0, 4]}}),
         "no offsets": with_header(header | {name: {"dtype": "F32", "shape": [1]}}),
         "offsets that are words": with_header(header | {name: header[name] | {"data_offsets": ["a", "b"]}}),
@@ -432,7 +437,8 @@ def test_an_index_cannot_name_files_outside_of_its_directory_or_missing_ones(che
     for file in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / file, inner / file)
     names = list(load_file(checkpoint / "model.safetensors"))
-    for outside in ("../model.safetensors", str(checkpoint / "model.safetensors"), "..", "", "../inner/model.safetensors"):
+    for outside in ("../model.safetensors", str(checkpoint / "model.safetensors"), "..", "",
+                    "../inner/model.safetensors"):
         (inner / index.name).write_text(json.dumps({"weight_map": {name: outside for name in names}}))
         with pytest.raises(ValueError, match="outside"):
             load_pretrained(inner)
@@ -492,7 +498,8 @@ def test_a_training_pass_creates_nothing_on_an_implicit_device():
 
 
 def test_the_guard_sees_forward_backward_and_checkpoints():
-    calls = ("zeros(2)", "tensor([1])", "arange(3)", "rand(2)", "full((2,), 1)", "empty(2)", "eye(2)", "linspace(0, 1, 3)")
+    calls = ("zeros(2)", "tensor([1])", "arange(3)", "rand(2)", "full((2,), 1)", "empty(2)", "eye(2)",
+             "linspace(0, 1, 3)")
     source = "import torch\n" + "".join(f"def f{i}(*_): torch.{call}; return _[-1]\n" for i, call in enumerate(calls))
     place = {}
     exec(compile(source, min(OURS), "exec"), place)  # as if one of our files did it
@@ -516,4 +523,5 @@ def test_no_file_uses_a_tensor_constructor_which_has_no_device():
     for file in OURS:
         for node in ast.walk(ast.parse(Path(file).read_text())) if Path(file).exists() else ():
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert not (name.startswith("torch.") and name.endswith("Tensor")) and name != "Tensor", f"{file}:{node.lineno}"
+            assert not (name.startswith("torch.") and name.endswith("Tensor")) and name != "Tensor", (
+                f"{file}:{node.lineno}")

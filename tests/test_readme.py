@@ -38,9 +38,12 @@ def test_every_link_and_named_function_exists():
 
 
 def test_every_option_the_readme_names_exists():
-    known = {"--" + f.name.replace("_", "-") for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind)}
-    known |= {"--no-" + f.name.replace("_", "-") for kind in (train.Run, Method) for f in dataclasses.fields(kind) if f.type is bool}
-    known |= {"--nproc-per-node", "--max-restarts", "--quick", "--processes", "--kills", "--samples", "--only", "--figures"}
+    known = {"--" + f.name.replace("_", "-")
+             for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind)}
+    known |= {"--no-" + f.name.replace("_", "-")
+              for kind in (train.Run, Method) for f in dataclasses.fields(kind) if f.type is bool}
+    known |= {"--nproc-per-node", "--max-restarts", "--quick", "--processes", "--kills", "--samples", "--only",
+              "--figures"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
@@ -53,8 +56,9 @@ def test_a_change_it_recipe_works_as_printed(toy, tmp_path, monkeypatch, name, c
     """Each recipe is what one puts into a file beside train.py; it ends in a call of train.main."""
     for reward in ("bolder", "brief"):
         monkeypatch.setitem(REWARDS, reward, None)  # and whatever stands there later goes away again
-    small = ["--model", str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"), "--out", str(tmp_path / "run"),
-             "--steps", "1", "--questions", "4", "--group-size", "3", "--max-response", "30", "--holdout", "40", "--select", "0.3"]
+    small = ["--model", str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"),
+             "--out", str(tmp_path / "run"), "--steps", "1", "--questions", "4", "--group-size", "3",
+             "--max-response", "30", "--holdout", "40", "--select", "0.3"]
     monkeypatch.setattr(train.sys, "argv", ["change.py", *small])
     for module, attribute in ((rpt, "group_advantages"), (data, "select_positions"), (data, "TOUCH")):
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # what a recipe replaces is put back

@@ -48,13 +48,15 @@ def r1_sized(tmp_path_factory):
 @pytest.mark.parametrize("stage", ["rpt", "ntp"])
 def test_a_real_model_trains_resumes_and_is_exported(texts, tmp_path, stage):
     def arguments(steps):
-        return ["--stage", stage, "--model", str(STORIES), "--corpus", str(texts), "--out", str(tmp_path / "run"), "--steps", steps,
-                "--questions", "4", "--group-size", "2", "--max-prompt", "200", "--max-response", "8", "--part", "all",
-                "--holdout", "20", "--save-every", "1", "--template", "v0" if stage == "ntp" else "plain", "--select", "1.0"]
+        return ["--stage", stage, "--model", str(STORIES), "--corpus", str(texts), "--out", str(tmp_path / "run"),
+                "--steps", steps, "--questions", "4", "--group-size", "2", "--max-prompt", "200",
+                "--max-response", "8", "--part", "all", "--holdout", "20", "--save-every", "1",
+                "--template", "v0" if stage == "ntp" else "plain", "--select", "1.0"]
 
     train.main(arguments("1"))
     train.main(arguments("3"))
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 2]
     ours, base = load_pretrained(tmp_path / "run" / "model"), load_pretrained(STORIES)
     moved = not torch.equal(ours.head, base.head)
     assert moved == (stage == "ntp")  # eight tokens of a story hold no \boxed{}: rewards are equal, nothing is learned
@@ -69,7 +71,8 @@ def test_a_whole_step_on_omnimath_with_the_r1_vocabulary_on_one_and_two_processe
     rollouts, weights = [], []
     for processes in (1, 2):
         out = tmp_path / f"run{processes}"
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        command = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+                   if processes > 1 else [])
         done = subprocess.run([
             sys.executable, *command, str(Path(train.__file__)), "--recipe", "paper", "--dtype", "float32", "--model",
             str(r1_sized / "model"), "--corpus", str(r1_sized / "omni.jsonl"), "--out", str(out), "--steps", "1",
@@ -85,8 +88,9 @@ def test_a_whole_step_on_omnimath_with_the_r1_vocabulary_on_one_and_two_processe
 
 def test_the_standard_accuracy_of_a_directory_equals_an_independent_computation(texts, tmp_path, capsys):
     out = tmp_path / "records.jsonl"
-    evaluation.main([str(STORIES), "--corpus", str(texts), "--holdout", "20", "--max-prompt", "300", "--max-response", "4",
-                     "--template", "plain", "--questions", "100000", "--out", str(out), "--cache", str(tmp_path / "cache")])
+    evaluation.main([str(STORIES), "--corpus", str(texts), "--holdout", "20", "--max-prompt", "300",
+                     "--max-response", "4", "--template", "plain", "--questions", "100000", "--out", str(out),
+                     "--cache", str(tmp_path / "cache")])
     said = capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer, model = Tokenizer.from_dir(STORIES), load_pretrained(STORIES)

@@ -11,9 +11,11 @@ import torch
 import rpt
 from data import Question, toy_stories, toy_tokenizer
 from helpers import ExplicitDevices, tiny
-from rpt import Completion, Group, Method, Policy, group_advantages, policy_loss, rollout, rpt_step, token_logprobs, update
+from rpt import (Completion, Group, Method, Policy, group_advantages, policy_loss, rollout, rpt_step, token_logprobs,
+                 update)
 
-METHOD = Method(questions=6, group_size=4, temperature=0.8, max_prompt=128, max_response=12, template="toy", max_rows=10)
+METHOD = Method(questions=6, group_size=4, temperature=0.8, max_prompt=128, max_response=12, template="toy",
+                max_rows=10)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,8 @@ def test_token_logprobs_equal_the_full_softmax_in_value_and_gradient(monkeypatch
     full = (exact_hidden @ exact_head.T / temperature).log_softmax(-1)
     want, want_entropy = full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
     ((want * by_logprob).sum() + (want_entropy * by_entropy).sum()).backward()
-    for got, exact in ((logprobs, want), (entropy, want_entropy), (hidden.grad, exact_hidden.grad), (model.head.grad, exact_head.grad)):
+    for got, exact in ((logprobs, want), (entropy, want_entropy), (hidden.grad, exact_hidden.grad),
+                       (model.head.grad, exact_head.grad)):
         torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5)
 
 
@@ -175,8 +178,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tokenizer, questions,
 
 def test_micro_batches_hold_every_response_once_within_the_budget():
     random = np.random.default_rng(3)
-    groups = [group_of([0] * random.integers(1, 60), [Completion([0] * n, [0.0] * n, True) for n in random.integers(1, 40, 6)],
-                       [0.0] * 6) for _ in range(20)]
+    groups = [group_of([0] * random.integers(1, 60),
+                       [Completion([0] * n, [0.0] * n, True) for n in random.integers(1, 40, 6)], [0.0] * 6)
+              for _ in range(20)]
     for number, group in enumerate(groups):
         group.number = (0, number)
     for budget in (50, 200, 1000, 10**6):
@@ -248,18 +252,21 @@ def test_a_second_update_is_clipped(tokenizer, questions):
         model = model_for(tokenizer)
         method = dataclasses.replace(METHOD, updates=updates, clip_low=clip, clip_high=clip)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=0.05)], draw_from(questions, 6), 0, method, by_length, 0)
+        rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=0.05)], draw_from(questions, 6), 0, method,
+                 by_length, 0)
         return (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
     assert moved(1, 0.2) < moved(8, 0.2) < moved(8, 10.0)
 
 
 def test_metrics_say_what_happened(tokenizer, questions):
     model = model_for(tokenizer)
-    groups, metrics = rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=0.0)], draw_from(questions, 6), 3,
-                               METHOD, by_length, seed=2)
+    groups, metrics = rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=0.0)],
+                               draw_from(questions, 6), 3, METHOD, by_length, seed=2)
     completions, rewards = [c for g in groups for c in g.completions], [g.rewards for g in groups]
-    assert [g.number for g in groups] == [(0, n) for n in range(6)] and metrics["groups"] == 6 and metrics["responses"] == 24
-    assert metrics["reward"] == pytest.approx(np.mean(rewards)) and metrics["accuracy"] == pytest.approx(np.mean(rewards))
+    assert [g.number for g in groups] == [(0, n) for n in range(6)]
+    assert metrics["groups"] == 6 and metrics["responses"] == 24
+    assert metrics["reward"] == pytest.approx(np.mean(rewards))
+    assert metrics["accuracy"] == pytest.approx(np.mean(rewards))
     assert metrics["length"] == pytest.approx(np.mean([len(c.ids) for c in completions]))
     assert metrics["length_max"] == max(len(c.ids) for c in completions)
     assert metrics["truncated"] == pytest.approx(np.mean([not c.finished for c in completions]))
@@ -277,7 +284,8 @@ def test_an_unfinished_response_earns_nothing(tokenizer, questions):
         seen.extend(responses)
         return [1.0 if r else 0.0 for r in responses]
 
-    groups = rollout(model_for(tokenizer), tokenizer, [((0, n), q) for n, q in enumerate(questions[:6])], METHOD, note, 0, 0)
+    groups = rollout(model_for(tokenizer), tokenizer, [((0, n), q) for n, q in enumerate(questions[:6])], METHOD, note,
+                     0, 0)
     pairs = [(c.finished, r) for g in groups for c, r in zip(g.completions, g.rewards)]
     assert {finished for finished, _ in pairs} == {True, False}
     assert all(reward == 0 for finished, reward in pairs if not finished) and b"" in seen
@@ -315,13 +323,15 @@ def test_a_non_finite_number_skips_the_step_and_keeps_the_weights(tokenizer, que
     elif what == "gradient":
         model.model.layers[1].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
     else:
-        def reward(responses, question, policy):
+        def with_nan(responses, question, policy):
             return [float("nan"), *by_length(responses[1:], question, policy)]
+        reward = with_nan
     before = {name: p.clone() for name, p in model.state_dict().items()}
     _, metrics = rpt_step(model, tokenizer, [torch.optim.AdamW(model.parameters(), lr=0.1)], draw_from(questions, 6), 0,
                           METHOD, reward, 0)
     assert metrics["skipped"] == 1
-    assert all(torch.equal(p, before[name]) or what == "weight" and p.isnan().any() for name, p in model.state_dict().items())
+    assert all(torch.equal(p, before[name]) or what == "weight" and p.isnan().any()
+               for name, p in model.state_dict().items())
 
 
 def test_the_policys_probability_is_its_plain_next_token_prediction(tokenizer, questions):
@@ -330,7 +340,8 @@ def test_the_policys_probability_is_its_plain_next_token_prediction(tokenizer, q
     exact = model.logits(model(torch.tensor([question.context])))[0, -1].softmax(-1)
     for id in (5, 40, 200):
         same = [i for i in range(len(tokenizer)) if tokenizer.token_bytes(i) == tokenizer.token_bytes(id)]
-        assert policy.probability(question, tokenizer.token_bytes(id)) == pytest.approx(sum(exact[i].item() for i in same), rel=1e-4)
+        expected = sum(exact[i].item() for i in same)
+        assert policy.probability(question, tokenizer.token_bytes(id)) == pytest.approx(expected, rel=1e-4)
     assert policy.probability(question, b"no such token") == 0
 
 

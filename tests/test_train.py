@@ -21,8 +21,8 @@ from model import load_pretrained
 from rpt import Method
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--steps", "3", "--questions", "5", "--group-size", "4", "--max-response", "40", "--holdout", "40", "--select", "0.3",
-         "--save-every", "1", "--lr", "0.002"]
+SMALL = ["--steps", "3", "--questions", "5", "--group-size", "4", "--max-response", "40", "--holdout", "40",
+         "--select", "0.3", "--save-every", "1", "--lr", "0.002"]
 
 
 def small(toy, out, *more):
@@ -64,12 +64,12 @@ def run(toy, tmp_path_factory):
 def test_a_run_leaves_its_metrics_rollouts_checkpoint_and_model(toy, run):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [0, 1, 2]
-    wanted = {"reward", "accuracy", "parsed", "truncated", "length", "length_max", "all_right", "all_wrong", "entropy", "grad_norm",
-              "logprob_diff", "logprob_diff_max", "flops", "informative", "skipped", "time"}
+    wanted = {"reward", "accuracy", "parsed", "truncated", "length", "length_max", "all_right", "all_wrong", "entropy",
+              "grad_norm", "logprob_diff", "logprob_diff_max", "flops", "informative", "skipped", "time"}
     trained = next(row for row in metrics if row["informative"])
     assert wanted <= set(trained) and trained["logprob_diff_max"] < 1e-4
-    assert {"seconds", "prefill", "decode", "train", "prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"} <= set(
-        trained["time"])
+    assert {"seconds", "prefill", "decode", "train", "prefill_tokens_per_s", "decode_tokens_per_s",
+            "train_tokens_per_s"} <= set(trained["time"])
     rollouts = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 3 * 5 * 4 and {row["step"] for row in rollouts} == {0, 1, 2}
     assert {"document", "position", "context", "truth", "response", "prediction", "reward", "advantage",
@@ -151,7 +151,8 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_so(toy, tmp_path, n
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and f"stopped by {number.name}" in said
     (checkpoint,) = (out / "checkpoints").glob("step-*")
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == json.loads((checkpoint / "state.json").read_text())["step"]
+    logged = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(logged) == json.loads((checkpoint / "state.json").read_text())["step"]
 
 
 def test_three_steps_without_finite_numbers_stop_the_run(toy, tmp_path, capsys, monkeypatch):
@@ -186,8 +187,8 @@ def test_next_token_prediction_lowers_its_loss_on_a_corpus(toy, tmp_path):
 
 
 def test_verifiable_rewards_train_on_questions_and_answers(toy, tmp_path):
-    train.main(["--model", str(toy / "base" / "model"), "--corpus", str(toy / "answers.jsonl"), "--out", str(tmp_path / "run"),
-                *SMALL, "--stage", "rlvr"])
+    train.main(["--model", str(toy / "base" / "model"), "--corpus", str(toy / "answers.jsonl"),
+                "--out", str(tmp_path / "run"), *SMALL, "--stage", "rlvr"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert any(row["reward"] == 1 for row in rows) and any(row["reward"] == 0 for row in rows)
     assert all(row["context"].rstrip().endswith("Where is the ball?") for row in rows)
@@ -226,9 +227,9 @@ def test_the_papers_recipe_has_the_papers_numbers():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--group-size", 1], "at least 2"), (["--no-such-option", 1], "unrecognized arguments"), (["--steps", "many"], "invalid int"),
-    (["--steps", 0], "--steps 0"), (["--temperature", 0], "--temperature"), (["--template", "v9"], "v9"),
-    (["--reward", "nice"], "invalid choice"), (["--questions", "-3"], "--questions -3")])
+    (["--group-size", 1], "at least 2"), (["--no-such-option", 1], "unrecognized arguments"),
+    (["--steps", "many"], "invalid int"), (["--steps", 0], "--steps 0"), (["--temperature", 0], "--temperature"),
+    (["--template", "v9"], "v9"), (["--reward", "nice"], "invalid choice"), (["--questions", "-3"], "--questions -3")])
 def test_a_bad_argument_is_one_sentence(toy, tmp_path, capsys, arguments, words):
     assert words in refused(capsys, *small(toy, tmp_path / "run"), *arguments)
     assert not (tmp_path / "run").exists()
@@ -278,8 +279,9 @@ def damaged_model(toy, folder, damage):
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     else:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100} if damage == "small vocabulary" else {
-            k: v for k, v in config.items() if k != "hidden_size"}))
+        (folder / "config.json").write_text(json.dumps(
+            config | {"vocab_size": 100} if damage == "small vocabulary" else {
+                k: v for k, v in config.items() if k != "hidden_size"}))
     return folder
 
 
@@ -295,7 +297,8 @@ def test_a_bad_model_is_one_sentence(toy, tmp_path, capsys, damage, words):
 
 def test_a_hub_id_without_network_is_one_sentence(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "nor available from the hub" in refused(capsys, *small(toy, tmp_path / "run"), "--model", "nobody/no-such-model")
+    assert "nor available from the hub" in refused(
+        capsys, *small(toy, tmp_path / "run"), "--model", "nobody/no-such-model")
     assert "no such model directory" in refused(capsys, *small(toy, tmp_path / "run"), "--model", tmp_path / "nowhere")
 
 
@@ -311,8 +314,8 @@ def test_the_plan_counts_the_bytes_of_the_shards(capsys):
     assert float(re.search(r"rollout weights ([\d.]+)", said)[1]) == pytest.approx(29.5, rel=0.01)
     assert "DOES NOT FIT as it is: --cache-tokens" in said
     tokens = re.search(r"--cache-tokens (\d+) makes", said)[1]
-    train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "8", "--memory", "80", "--cache-tokens",
-                tokens])
+    train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "8", "--memory", "80",
+                "--cache-tokens", tokens])
     assert "DOES NOT FIT" not in capsys.readouterr().out
     train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "1", "--memory", "192"])
     assert "DOES NOT FIT: weights and optimizer leave no room" in capsys.readouterr().out

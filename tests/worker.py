@@ -32,7 +32,8 @@ def steps(out: str, micro_tokens: str) -> None:
     tokenizer = toy_tokenizer()
     tokenizer.eos_ids = list(range(0, len(tokenizer), 9))
     stories = toy_stories(40, seed=5)
-    questions = [Question(tuple(tokenizer.encode(s.text)[:-2]), (b" A", b"."), n, 0, 1.0) for n, s in enumerate(stories)]
+    questions = [Question(tuple(tokenizer.encode(s.text)[:-2]), (b" A", b"."), n, 0, 1.0)
+                 for n, s in enumerate(stories)]
     model = tiny(vocab_size=len(tokenizer), tie_word_embeddings=True)
     if dist.get_world_size() > 1:
         train.shard(model, train.Run(), "cpu")
