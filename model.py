@@ -18,17 +18,18 @@ Left out: dropout, sliding windows, quantisation, mixtures of experts. A config 
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,9 +190,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     other, so that no kernel has to expand the keys.
     """
     B, heads, T, d = q.shape
-    if mask is None:
-        bias = {"is_causal": True} if T == k.shape[2] else {"attn_mask": causal_lower_right(T, k.shape[2])}
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **bias)
+    if mask is None and T == k.shape[2]:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    elif mask is None:
+        from torch.nn.attention.bias import causal_lower_right  # loads the compiler: not before it is needed
+        bias = causal_lower_right(T, k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
     else:
         repeats = heads // k.shape[1]
         q = q.reshape(B, k.shape[1], repeats * T, d)
@@ -512,8 +516,14 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
         filled += tensor.numel() * tensor.element_size()
         files[name] = 1 + filled // FILE_BYTES
     sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(
-        str(directory), fqn_to_index_mapping=files, save_distributed=sharded, enable_consolidation=sharded))
+    writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=sharded,
+                                      enable_consolidation=sharded)
+    if sharded:
+        dcp.save(state, storage_writer=writer)
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory / "sharded")  # the parts, after they have been joined
+    elif not dist.is_initialized() or dist.get_rank() == 0:  # a whole model that every process holds is written by one
+        dcp.save(state, storage_writer=writer, no_dist=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory)

@@ -8,12 +8,10 @@ and threads on both sides. Peak memory is that of a fresh process above what it 
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +21,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import ModelConfig, Transformer, load_pretrained, save_pretrained  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
 from sampler import Completion, _Batch, generate  # noqa: E402
+from tests.rivals import in_transformers, trl_steps, trl_trainer  # noqa: E402
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
          "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -85,21 +84,10 @@ def peak(work: Callable[[], object], warm_up: Callable[[], object]) -> dict:
 # ---------------------------------------------------------------------------------------------- rollout and decode
 
 
-def theirs(model: Transformer):
-    """The same weights in transformers, or None."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return None
-    with tempfile.TemporaryDirectory() as directory:
-        save_pretrained(model, directory)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
 def rollout(quick: bool) -> dict[str, float]:
     """Tokens per second of sampling: 8 prompts x 8 samples of 128 tokens, and 1 x 1."""
     model, table = policy(), {}
-    rival = theirs(model)
+    rival = in_transformers(model)
     for count, samples, length in ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256)):
         prompts = questions(count, length)
         work = {"ours": lambda: ours(model, prompts, samples)}
@@ -224,51 +212,20 @@ def step(quick: bool) -> dict[str, float]:
     model, prompts, seconds = policy(), questions(PROMPTS, 256), {"ours": [], "TRL": []}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     try:
-        trainer = trl_trainer(theirs(model), prompts, 2 if quick else 4)
+        trainer = trl_trainer(model, prompts, GROUP, NEW, LEARNING_RATE, 2 if quick else 4)
     except ImportError:
         one = in_turns(1 if quick else 3, ours=lambda: our_step(model, optimizer, prompts, 0))["ours"]
         return {"ours: s per step": one}
-    from transformers import TrainerCallback
-
-    class Turns(TrainerCallback):  # their step, then ours
-        def on_step_begin(self, *_, **__):
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            seconds["TRL"].append(time.perf_counter() - self.begin)
-            begin = time.perf_counter()
-            our_step(model, optimizer, prompts, 0)
-            seconds["ours"].append(time.perf_counter() - begin)
-    trainer.add_callback(Turns())
-    trainer.train()
+    for name, time_taken in trl_steps(trainer, lambda: our_step(model, optimizer, prompts, 0)):
+        seconds[name].append(time_taken)
     median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return {**{f"{name}: s per step": s for name, s in median.items()}, "TRL / ours": median["TRL"] / median["ours"]}
-
-
-def trl_trainer(rival, prompts: list[list[int]], steps: int):
-    """TRL's GRPOTrainer on the same prompts; a word per token id, so that text and tokens are the same thing."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t1")
-    rows = Dataset.from_list([{"prompt": " ".join(f"t{i}" for i in prompt)} for prompt in prompts])
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP, max_completion_length=NEW, learning_rate=LEARNING_RATE, beta=0.0, temperature=1.0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True)
-    rewards = itertools.cycle((0.0, 1.0))
-    return GRPOTrainer(rival, lambda completions, **_: [next(rewards) for _ in completions], config, rows,
-                       processing_class=tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- memory and growth
 
 
-def head_work(chunked: bool, tokens: int) -> Callable[[], float]:
+def head_work(chunked: bool, tokens: int) -> Callable[[], dict[str, float]]:
     torch.manual_seed(0)
     model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1, tie_word_embeddings=True)
     hidden, targets = torch.randn(tokens, 896, requires_grad=True), torch.randint(151936, (tokens,))
@@ -280,7 +237,7 @@ def head_work(chunked: bool, tokens: int) -> Callable[[], float]:
         else:
             logprobs = model.logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         logprobs.mean().backward()
-        return {"value": float(logprobs.mean()), "gradient": float(hidden.grad.norm())}
+        return {"value": logprobs.mean().item(), "gradient": hidden.grad.norm().item()}
     return work
 
 

@@ -69,7 +69,7 @@ def results(out):
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
         row.pop("time")
-    (file,) = (out / "model").glob("*.safetensors")
+    (file,) = (out / "model").rglob("*.safetensors")  # one file, and no parts left over
     return metrics, (out / "rollouts.jsonl").read_text(), load_file(file)
 
 
