@@ -77,6 +77,7 @@ class Run:
     device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if there is one")
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
+    log_questions: int = option(-1, "questions of each step whose rollouts are logged, to bound the log; -1: all")
     show: int = option(0, "print this many rollouts of every step")
     plan: bool = option(False, "print what the run would take, without hardware, and stop")
 
@@ -340,7 +341,7 @@ class RunFolder:
         return f"checksum of {wrong[0]}" if wrong else None
 
 
-FREE = ("steps", "save_every", "keep", "show", "eval_every", "plan", "device", "out", "micro_tokens", "max_rows",
+FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens", "max_rows",
         "shard_group", "checkpoint_activations")  # options that a resumed run may change
 
 
@@ -423,7 +424,8 @@ def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, fo
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, run)
         groups, metrics = one_step(step, optimizers)
-        rows = rollout_rows(step, groups, tokenizer) if groups or run.stage != "ntp" else []
+        logged = [g for g in groups if run.log_questions < 0 or g.number[1] < run.log_questions]
+        rows = rollout_rows(step, logged, tokenizer) if run.stage != "ntp" else []
         folder.log("rollouts.jsonl", rows)
         folder.log("metrics.jsonl", [{"step": step} | metrics])
         for row in rows[: run.show if run.show else step in (0, run.steps - 1)]:

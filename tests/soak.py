@@ -2,6 +2,7 @@
 
     python tests/soak.py --processes 1 --kills 30
     python tests/soak.py --processes 2 --kills 30        a random process of the two is killed; torchrun ends the other
+    python tests/soak.py --memory                        no kills: resident memory over 500 steps
 
 Prints one line a kill, and at the end what is equal: metrics (without times), rollouts, weights. Exit status 1 if not.
 """
@@ -49,38 +50,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    folder, chance = Path(tempfile.mkdtemp()), random.Random(args.seed)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     os.environ["OMP_NUM_THREADS"] = "1"
+    folder = Path(tempfile.mkdtemp())
     weak_base(folder)
+    sys.exit(memory(folder) if args.memory else soak(args, folder))
+
+
+def soak(args: argparse.Namespace, folder: Path) -> int:
+    """Kills until there were enough kills, run after run; 1 if any run differs from the undisturbed one."""
+    quiet, chance = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}, random.Random(args.seed)
     begin = time.time()
     subprocess.run(command(args.processes, folder, folder / "undisturbed", args.steps), check=True, **quiet)
-    whole, kills = time.time() - begin, 0
-    print(f"undisturbed: {args.steps} steps in {whole:.0f} s")
-    while True:
-        run = subprocess.Popen(command(args.processes, folder, folder / "killed", args.steps), **quiet)
-        patience = chance.uniform(0.2, 0.6) * whole if kills < args.kills else None
-        try:
-            if run.wait(patience) == 0:
-                break
-            print(f"ended by itself with status {run.returncode}")
-        except subprocess.TimeoutExpired:
-            os.kill(chance.choice(workers(run.pid)), signal.SIGKILL)
-            run.wait()
-            kills += 1
-            log = folder / "killed" / "metrics.jsonl"
-            logged = len(log.read_text().splitlines()) if log.exists() else 0
-            print(f"kill {kills} after {patience:.1f} s, {logged} steps logged")
-    a, b = results(folder / "undisturbed"), results(folder / "killed")
-    same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
-            "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
-            "every step once": [row["step"] for row in b[0]] == list(range(args.steps))}
-    print(f"{args.processes} processes, {kills} kills: "
-          + ", ".join(f"{k} {'equal' if v else 'DIFFERENT'}" for k, v in same.items()))
-    sys.exit(not all(same.values()))
+    whole, kills, runs, different = time.time() - begin, 0, 0, 0
+    print(f"undisturbed: {args.steps} steps in {whole:.0f} s", flush=True)
+    while kills < args.kills:
+        out, done, here = folder / f"run{runs}", False, 0
+        while not done:
+            run = subprocess.Popen(command(args.processes, folder, out, args.steps), **quiet)
+            try:
+                run.wait(chance.uniform(0.1, 0.9) * whole if kills < args.kills else None)
+                done = run.returncode == 0
+            except subprocess.TimeoutExpired:
+                os.kill(chance.choice(workers(run.pid)), signal.SIGKILL)
+                run.wait()
+                kills, here = kills + 1, here + 1
+        a, b = results(folder / "undisturbed"), results(out)
+        same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1], "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
+                "every step once": [row["step"] for row in b[0]] == list(range(args.steps))}
+        runs, different = runs + 1, different + (not all(same.values()))
+        print(f"run {runs}, killed {here} times: " + ", ".join(f"{k} {'equal' if v else 'DIFFERENT'}" for k, v in same.items()),
+              flush=True)
+    print(f"{args.processes} processes: {kills} kills in {runs} runs, {runs - different} of them bitwise as if undisturbed")
+    return int(different > 0)
+
+
+def memory(folder: Path) -> int:
+    """Resident memory of the trainer along 500 steps."""
+    run = subprocess.Popen(command(1, folder, folder / "long", 500), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, seen = folder / "long" / "metrics.jsonl", 0
+    while run.poll() is None:
+        time.sleep(0.1)
+        steps = len(log.read_text().splitlines()) if log.exists() else 0
+        if steps >= seen + 100:
+            seen = steps // 100 * 100
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            print(f"step {steps}: {int(status.split('VmRSS:')[1].split()[0]) / 1024:.1f} MiB resident", flush=True)
+    return run.returncode
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def test_an_interrupted_run_goes_on_bitwise(toy, run, tmp_path):
     assert_bitwise(results(run), results(out))
 
 
+def test_the_log_of_rollouts_can_be_bounded(toy, run, tmp_path):
+    train.main(small(toy, tmp_path / "run", "--steps", 2, "--log-questions", 1))
+    rows = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    assert rows == [line for line in (run / "rollouts.jsonl").read_text().splitlines()
+                    if json.loads(line)["question"][1] == 0 and json.loads(line)["step"] < 2]
+
+
 def test_a_finished_run_repeats_nothing(toy, run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
