@@ -65,7 +65,6 @@ class Run:
     holdout: int = option(200, "documents never trained on")
     optimizer: str = option("adamw", "AdamW, or Muon for the matrices of the blocks", choices=("adamw", "muon"))
     lr: float = option(1e-6, "learning rate; with Muon that of the matrices, the rest has 0.003")
-    warmup: int = option(0, "steps over which the learning rate rises")
     decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
     weight_decay: float = option(0.01, "decoupled weight decay")
     beta2: float = option(0.999, "AdamW's second-moment decay")
@@ -220,10 +219,9 @@ def make_optimizers(model: Transformer, run: Run) -> list[torch.optim.Optimizer]
 
 
 def learning_rate(step: int, run: Run) -> float:
-    """The share of its peak that the learning rate has in a step: rise, plateau, fall."""
-    rise = (step + 1) / run.warmup if step < run.warmup else 1.0
+    """The share of its peak that the learning rate has in a step: a plateau, and a fall if `decay` asks for one."""
     fall = run.decay * run.steps
-    return min(rise, (run.steps - step) / fall if fall else 1.0, 1.0)
+    return min(1.0, (run.steps - step) / fall) if fall else 1.0
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder

@@ -30,20 +30,21 @@ def torchrun(processes, *arguments, restarts=0, check=True):
 def three_steps(tmp_path_factory):
     folder, done = tmp_path_factory.mktemp("steps"), {}
 
-    def run(processes, micro_tokens):
-        if (processes, micro_tokens) not in done:
-            out = folder / f"{processes}-{micro_tokens}.pt"
-            torchrun(processes, WORKER, "steps", out, micro_tokens)
-            done[processes, micro_tokens] = torch.load(out, weights_only=False)
-        return done[processes, micro_tokens]
+    def run(*how):  # processes, tokens of a micro-batch, processes that share one copy of the weights (0: all)
+        if how not in done:
+            out = folder / f"{len(done)}.pt"
+            torchrun(how[0], WORKER, "steps", out, *how[1:])
+            done[how] = torch.load(out, weights_only=False)
+        return done[how]
 
     return run
 
 
-@pytest.mark.parametrize("processes, micro_tokens", [(2, 10**6), (3, 10**6), (1, 300), (2, 150)])
-def test_processes_and_micro_batches_change_nothing(three_steps, processes, micro_tokens):
+@pytest.mark.parametrize("processes, micro_tokens, group", [(2, 10**6, 0), (3, 10**6, 0), (4, 10**6, 2), (1, 300, 0),
+                                                            (2, 150, 0)])
+def test_processes_shards_and_micro_batches_change_nothing(three_steps, processes, micro_tokens, group):
     """Rollouts are equal token by token; metrics, gradient norms and weights after three steps within rounding."""
-    one, many = three_steps(1, 10**6), three_steps(processes, micro_tokens)
+    one, many = three_steps(1, 10**6, 0), three_steps(processes, micro_tokens, group)
     assert one["rollouts"] == many["rollouts"] and any(step for step in one["rollouts"])
     for a, b in zip(one["metrics"], many["metrics"]):
         assert a.keys() == b.keys()

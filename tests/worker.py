@@ -1,6 +1,6 @@
 """What test_distributed.py runs in several processes.
 
-    torchrun worker.py steps OUT MICRO_TOKENS         three RPT steps of a tiny model; rollouts, gradient, weights
+    torchrun worker.py steps OUT MICRO_TOKENS GROUP   three RPT steps of a tiny model; rollouts, metrics, weights
     torchrun worker.py crash WHERE CALL RANK MARKER TRAIN_ARGUMENTS...
                                                       train.py, in which RANK is killed at its CALL-th WHERE, once
 """
@@ -26,7 +26,7 @@ def uneven(responses, question, policy):
     return [float(len(r) % 2) if question.document % 3 else 0.0 for r in responses]
 
 
-def steps(out: str, micro_tokens: str) -> None:
+def steps(out: str, micro_tokens: str, shard_group: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     tokenizer = toy_tokenizer()
@@ -36,7 +36,7 @@ def steps(out: str, micro_tokens: str) -> None:
                  for n, s in enumerate(stories)]
     model = tiny(vocab_size=len(tokenizer), tie_word_embeddings=True)
     if dist.get_world_size() > 1:
-        train.shard(model, train.Run(), "cpu")
+        train.shard(model, train.Run(shard_group=int(shard_group)), "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     method = rpt.Method(questions=7, group_size=4, max_prompt=128, max_response=40, template="toy", max_rows=10,
                         micro_tokens=int(micro_tokens), dynamic_from=2, max_refills=3, grad_clip=0.5)
