@@ -35,7 +35,7 @@ from sampler import Completion, generate, pad, uniforms
 STD_EPSILON = 1e-6  # added to a group's standard deviation; groups without any are exactly zero before it matters
 LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
 EASY = 2**40  # stands for the number of a sample where randomness is needed for a whole group
-HEAD_CHUNK = 2**24  # logits held at a time by token_logprobs: 64 MiB of float32
+HEAD_CHUNK = 2**25  # logits held at a time by token_logprobs: 128 MiB of float32
 
 
 def option(default, doc: str, **more):
@@ -181,7 +181,9 @@ class _HeadLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, targets[part, None], by_logprob)
             grad = (grad / ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[part])  # without a second matrix of the weight's size
+            elif grad_weight is not None:
                 grad_weight += grad.T @ hidden[part]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 

@@ -39,7 +39,7 @@ import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
 from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
 from reward import REWARDS, extract_prediction
-from rpt import Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
+from rpt import HEAD_CHUNK, Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
 
@@ -600,7 +600,7 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
     parts = {
         "master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "rollout weights": width * whole,
         "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
-        "logits and head gradient": 4 * (4 * 2**24 + c.vocab_size * c.hidden_size)}
+        "logits and head gradient": 4 * (4 * HEAD_CHUNK + c.vocab_size * c.hidden_size)}
     fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
     train_bytes = sum(parts.values()) - parts["rollout weights"]
     free = 0.92 * memory * gb - fixed

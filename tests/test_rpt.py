@@ -357,3 +357,69 @@ def test_a_whole_step_names_its_devices(tokenizer, questions):
     finally:
         torch.set_default_device(None)
     assert math.isfinite(again["loss"])
+
+
+# ---- options of later work
+
+
+def test_easy_groups_are_kept_with_falling_probability(tokenizer, questions):
+    model, kept = model_for(tokenizer), {}
+    method = dataclasses.replace(METHOD, keep_easy=False, group_size=4, max_response=2)
+    for right in range(5):
+        def reward(responses, question, policy):
+            return [1.0] * right + [0.0] * (4 - right)  # noqa: B023
+        groups = [g for step in range(8) for g in rollout(
+            model, tokenizer, [((0, n), q) for n, q in enumerate(questions)], method, reward, 0, step)]
+        kept[right] = np.mean([g.kept for g in groups])
+    for right, share in kept.items():
+        want = min(1.0, 1 - 1.2 * (right / 4 - 0.25))
+        assert share == pytest.approx(want, abs=4 * math.sqrt(0.25 / 320)), right
+    assert kept[0] == kept[1] == 1
+
+
+def test_the_auxiliary_loss_adds_the_gradient_of_next_token_prediction(tokenizer, questions):
+    method = dataclasses.replace(METHOD, grad_clip=1e9)
+    moved = {}
+    for weight in (0.0, 0.25):
+        model = model_for(tokenizer)
+        groups = rollout(model, tokenizer, [((0, n), q) for n, q in enumerate(questions[:6])], method, by_length, 0, 0)
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        update(model, [torch.optim.SGD(model.parameters(), lr=1.0)], groups, dataclasses.replace(method, ntp_weight=weight))
+        moved[weight] = {name: before[name] - p for name, p in model.state_dict().items()}
+    model = model_for(tokenizer)
+    losses = []
+    for question in questions[:6]:
+        ids = torch.tensor([question.context])
+        losses.append(-model.logits(model(ids))[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+    (0.25 * torch.cat(losses).mean()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(moved[0.25][name] - moved[0.0][name], parameter.grad, rtol=1e-3, atol=2e-5)
+
+
+def test_information_gain_compares_the_thoughtful_policy_with_the_plain_average(tokenizer, questions):
+    model, average, question = model_for(tokenizer), model_for(tokenizer, seed=1), questions[3]
+    policy = Policy(model, tokenizer, METHOD, average)
+    responses = [b"A 1 B C.\n</think>\n\n\\boxed{ A}", b"</think>", b"never ends", b""]
+    truth = tokenizer.encode(" A")[0]
+    question = dataclasses.replace(question, truth=(b" A", b"."))
+    plain = average.logits(average(torch.tensor([question.context])))[0, -1].log_softmax(-1)[truth]
+    prompt = rpt.prompt_ids(tokenizer, question, "toy", METHOD.max_prompt)
+    for response, got in zip(responses, policy.gain(responses, question)):
+        if b"</think>" not in response:
+            assert got == 0
+            continue
+        run = prompt + tokenizer.encode(response.split(b"</think>")[0].decode()) + [tokenizer.special["</think>"]]
+        run += tokenizer.encode("\n\n\\boxed{")
+        want = model.logits(model(torch.tensor([run])))[0, -1].log_softmax(-1)[truth] - plain
+        assert got == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_the_average_follows_the_policy(tokenizer, questions):
+    model, average = model_for(tokenizer), model_for(tokenizer)
+    method = dataclasses.replace(METHOD, average_decay=0.75)
+    old = {name: p.clone() for name, p in average.state_dict().items()}
+    rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=1.0)], draw_from(questions, 6), 0, method, by_length,
+             0, average=average)
+    for name, new in model.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[name], 0.75 * old[name] + 0.25 * new)
+    assert any(not torch.equal(old[name], new) for name, new in model.state_dict().items())
