@@ -614,8 +614,8 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
         out.append("  DOES NOT FIT: weights and optimizer leave no room for a KV cache: more processes, accelerators "
                    "with more memory, or a smaller model")
     elif cache * kv_token > free:
-        fitting = int(free / kv_token) // 1000 * 1000
-        out.append(f"  DOES NOT FIT as it is: --cache-tokens {fitting} makes the rollout fit")
+        cache = int(free / kv_token) // 1000 * 1000
+        out.append(f"  DOES NOT FIT as it is: --cache-tokens {cache} makes the rollout fit")
     if train_bytes > 0.92 * memory * gb:
         less = max(1024, int(tokens * (0.92 * memory * gb - train_bytes + parts["activations"]) / parts["activations"]))
         fits = train_bytes - parts["activations"] * (1 - less / tokens) < 0.92 * memory * gb
