@@ -166,7 +166,11 @@ def start(run: Run) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or run.dtype != "float32":
         if "RANK" not in os.environ:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-        dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the processes, with the addresses of the dead in it
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
 
 

@@ -36,6 +36,12 @@ def test_every_link_and_named_function_exists():
     assert len(links) > 30
 
 
+def test_the_results_are_the_output_of_the_command():
+    shown = README[README.index("<!-- miniature -->"):README.index("<!-- /miniature -->")]
+    assert shown.removeprefix("<!-- miniature -->").strip() == (ROOT / "paper/results/results.md").read_text().strip()
+    assert (ROOT / "paper/results/plan-14b.txt").read_text().count("training") >= 6
+
+
 def test_every_option_the_readme_names_exists():
     known = {"--" + f.name.replace("_", "-")
              for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind)}
