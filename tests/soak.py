@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers import ROOT, weak_base
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers import ROOT, weak_base  # noqa: E402
 
 
 def command(processes: int, folder: Path, out: Path, steps: int) -> list[str]:
