@@ -1,7 +1,11 @@
-"""A weak base model on the toy world, pre-trained once for all tests that need a policy with opinions."""
+"""What all tests share: one thread, and a weak base model for those that need a policy with opinions."""
 
-import pytest
-from helpers import weak_base
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small matrices a second thread costs more than it brings
+
+import pytest  # noqa: E402
+from helpers import weak_base  # noqa: E402
 
 
 @pytest.fixture(scope="session")

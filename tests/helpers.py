@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -28,15 +27,6 @@ def tiny(model_type: str = "qwen2", seed: int = 0, **overrides) -> Transformer:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
     return model
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For matrices this small, waiting for a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class ExplicitDevices(TorchFunctionMode):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
 from fixtures.make import CASES, IDS, POSITIONS, checksums, expected, fill, loss
-from helpers import OURS, ExplicitDevices, one_thread, tiny  # noqa: F401
+from helpers import OURS, ExplicitDevices, tiny
 from model import ModelConfig, Segment, Transformer, load_pretrained, save_pretrained
 from rpt import token_logprobs
 from sampler import generate, pad
@@ -22,7 +22,6 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 ASSETS = Path(os.environ.get("RPT_TEST_ASSETS", "/nonexistent"))
 NEW = CASES["qwen2"]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def old_dialect(config: dict) -> dict:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import sampler
-from helpers import ExplicitDevices, one_thread, tiny  # noqa: F401
+from helpers import ExplicitDevices, tiny
 from rpt import Group, completion_logprobs
 from sampler import Completion, draw, generate, prefill, uniforms
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = [3, 11, 17, 29, 38]
 LONGEST = list(np.random.default_rng(0).integers(40, size=14))
 PROMPTS = [list(map(int, prompt)) for prompt in (
