@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
         standard = standard_predictions(model, tokenizer, [questions[n] for n in mine], method.max_prompt)
         prompts = [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine]
         groups = generate(model, prompts, samples=samples, max_new_tokens=method.max_response,
-                          temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed, keys=[1 << 60 | n for n in mine],
+                          temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed,
+                          keys=[1 << 60 | n for n in mine],
                           max_rows=method.max_rows, cache_tokens=method.cache_tokens or None,
                           progress=progress and rank == 0)
     for n, token, group in zip(mine, standard, groups):
@@ -193,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("cache", str, None, "folder for entropies; by default the run's, else runs/cache")):
         parser.add_argument("--" + name, type=kind, default=default, help=f"{text} ({default})")
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
     try:
         print(report(args))
     except (ValueError, FileNotFoundError) as error:

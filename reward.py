@@ -179,24 +179,29 @@ class Policy(Protocol):
 # The rewards by name: what the trainer calls, once per group. responses are the bytes of the group's completions; one
 # that did not finish is passed as b"" and so earns 0: what the length limit cut short is no prediction.
 def prefix(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """The paper's reward: `prefix_match` of what each response boxes."""
     return [prefix_match(extract_prediction(response), question.truth) for response in responses]
 
 
 def first_token(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """Scheme 1 of appendix A for a group."""
     return [first_token_match(extract_prediction(r), question.truth, policy.tokens) for r in responses]
 
 
 def dense(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """Scheme 2 of appendix A for a group."""
     probability = partial(policy.probability, question)
     return [dense_reward(extract_prediction(r), question.truth, policy.tokens, probability) for r in responses]
 
 
 def conditional_dense(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """Scheme 3 of appendix A."""
     predictions = [extract_prediction(response) for response in responses]
     return conditional_dense_reward(predictions, question.truth, policy.tokens, partial(policy.probability, question))
 
 
 def answer(responses: Sequence[bytes], question: Question, policy: Policy) -> list[float]:
+    """RL with verifiable rewards: `answer_match` with the question's answer; ValueError if it has none."""
     if question.answer is None:
         raise ValueError("reward 'answer': question.answer is None; give a corpus with answers or use reward 'prefix'")
     return [answer_match(extract_prediction(response), question.answer) for response in responses]

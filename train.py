@@ -343,8 +343,8 @@ class RunFolder:
         return f"checksum of {wrong[0]}" if wrong else None
 
 
-FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens", "max_rows",
-        "shard_group", "checkpoint_activations")  # options that a resumed run may change
+FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens",
+        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations")  # options that a resumed run may change
 
 
 def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
@@ -509,7 +509,8 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
         questions, held, table = question_sets(
             tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout,
             selector=run.selector, value=run.select, min_context=run.min_context, part=run.part, seed=run.seed,
-            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0], gather=all_gather)
+            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0],
+            gather=all_gather)
     say(table)
     with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
         model = build(source, run, device)
@@ -637,15 +638,15 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
                learn / machine.tflops / 1e12]
     out.append(f"  a step: {method.questions * (prompt + group * response):,} tokens, "
                f"{processes * (prefill + decode + learn):.2e} FLOP; about {sum(seconds):,.0f} s "
-               f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, training {seconds[2]:,.0f} if every group is "
-               "informative)")
+               f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, "
+               f"training {seconds[2]:,.0f} if every group is informative)")
     return out
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     run, method, machine = parse(argv)
-    warnings.filterwarnings("ignore", module="torch.distributed")
+    warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
     try:
         if run.plan:
             return print(plan(run, method, machine))

@@ -81,18 +81,20 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
                 run.wait()
                 kills, here = kills + 1, here + 1
         a, b = results(folder / "undisturbed"), results(out)
-        same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1], "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
+        same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
+                "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
                 "every step once": [row["step"] for row in b[0]] == list(range(args.steps))}
         runs, different = runs + 1, different + (not all(same.values()))
-        print(f"run {runs}, killed {here} times: " + ", ".join(f"{k} {'equal' if v else 'DIFFERENT'}" for k, v in same.items()),
-              flush=True)
-    print(f"{args.processes} processes: {kills} kills in {runs} runs, {runs - different} of them bitwise as if undisturbed")
+        verdict = ", ".join(f"{what} {'equal' if equal else 'DIFFERENT'}" for what, equal in same.items())
+        print(f"run {runs}, killed {here} times: {verdict}", flush=True)
+    print(f"{args.processes} processes: {kills} kills in {runs} runs, {runs - different} of them bitwise the undisturbed one")
     return int(different > 0)
 
 
 def memory(folder: Path) -> int:
     """Resident memory of the trainer along 500 steps."""
-    run = subprocess.Popen(command(1, folder, folder / "long", 500), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen(command(1, folder, folder / "long", 500), **quiet)
     log, seen = folder / "long" / "metrics.jsonl", 0
     while run.poll() is None:
         time.sleep(0.1)

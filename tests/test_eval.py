@@ -24,8 +24,8 @@ def base(toy):
     questions = []
     for number, story in enumerate(toy_stories(24, seed=77)):
         ids = tokenizer.encode(story.text)
-        questions.append(Question(tuple(ids[:-2]), tuple(map(tokenizer.token_bytes, ids[-2:])), number // 2, len(ids) - 2,
-                                  0.6 + 0.05 * number))
+        truth = tuple(map(tokenizer.token_bytes, ids[-2:]))
+        questions.append(Question(tuple(ids[:-2]), truth, number // 2, len(ids) - 2, 0.6 + 0.05 * number))
     return model, tokenizer, questions
 
 
@@ -33,8 +33,8 @@ def test_a_record_says_what_standard_prediction_and_each_response_got_right(base
     model, tokenizer, questions = base
     records = evaluate(model, tokenizer, questions, METHOD, samples=3, seed=5)
     prompts = [prompt_ids(tokenizer, q, "toy", 128) for q in questions]
-    responses = generate(model, prompts, samples=3, max_new_tokens=40, temperature=0.8, eos_ids=tokenizer.eos_ids, seed=5,
-                         keys=[1 << 60 | n for n in range(len(questions))])
+    responses = generate(model, prompts, samples=3, max_new_tokens=40, temperature=0.8, eos_ids=tokenizer.eos_ids,
+                         seed=5, keys=[1 << 60 | n for n in range(len(questions))])
     for record, question, group in zip(records, questions, responses):
         with torch.no_grad():  # the oracle: one plain forward for each question
             token = int(model.logits(model(torch.tensor([question.context])))[0, -1].argmax())
@@ -84,8 +84,8 @@ def test_rows_of_mmlu_pros_format_are_choices(tmp_path):
 
 
 def test_the_command_measures_a_model_on_a_corpus(toy, tmp_path, capsys):
-    evaluation.main([str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"), "--holdout", "30", "--questions", "20",
-                     "--template", "toy", "--part", "solution", "--max-response", "30", "--cache", str(tmp_path),
+    evaluation.main([str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"), "--holdout", "30",
+                     "--questions", "20", "--template", "toy", "--part", "solution", "--max-response", "30", "--cache", str(tmp_path),
                      "--samples", "2"])
     said = capsys.readouterr().out
     assert "model, standard" in said and "model, majority vote" in said and "model, pass@2" in said
@@ -94,7 +94,7 @@ def test_the_command_measures_a_model_on_a_corpus(toy, tmp_path, capsys):
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
     for arguments, words in ((["nowhere/at/all"], "--corpus is missing"),
                              (["nowhere/at/all", "--corpus", str(toy / "corpus.jsonl")], "no such model directory"),
-                             ([str(toy / "base" / "model"), "--corpus", str(tmp_path / "none.jsonl")], "no such corpus")):
+                             ([str(toy / "base" / "model"), "--corpus", str(tmp_path / "none")], "no such corpus")):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err

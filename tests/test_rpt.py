@@ -384,7 +384,8 @@ def test_the_auxiliary_loss_adds_the_gradient_of_next_token_prediction(tokenizer
         model = model_for(tokenizer)
         groups = rollout(model, tokenizer, [((0, n), q) for n, q in enumerate(questions[:6])], method, by_length, 0, 0)
         before = {name: p.clone() for name, p in model.state_dict().items()}
-        update(model, [torch.optim.SGD(model.parameters(), lr=1.0)], groups, dataclasses.replace(method, ntp_weight=weight))
+        weighted = dataclasses.replace(method, ntp_weight=weight)
+        update(model, [torch.optim.SGD(model.parameters(), lr=1.0)], groups, weighted)
         moved[weight] = {name: before[name] - p for name, p in model.state_dict().items()}
     model = model_for(tokenizer)
     losses = []
@@ -418,8 +419,8 @@ def test_the_average_follows_the_policy(tokenizer, questions):
     model, average = model_for(tokenizer), model_for(tokenizer)
     method = dataclasses.replace(METHOD, average_decay=0.75)
     old = {name: p.clone() for name, p in average.state_dict().items()}
-    rpt_step(model, tokenizer, [torch.optim.SGD(model.parameters(), lr=1.0)], draw_from(questions, 6), 0, method, by_length,
-             0, average=average)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rpt_step(model, tokenizer, [optimizer], draw_from(questions, 6), 0, method, by_length, 0, average=average)
     for name, new in model.state_dict().items():
         torch.testing.assert_close(average.state_dict()[name], 0.75 * old[name] + 0.25 * new)
     assert any(not torch.equal(old[name], new) for name, new in model.state_dict().items())

@@ -144,7 +144,8 @@ def test_a_completion_depends_on_model_seed_key_and_sample_alone():
     assert len({tuple(c.ids) for group in wanted for c in group}) > 30
 
     def check(order, samples, **more):
-        out = generate(model, [PROMPTS[i] for i in order], samples=samples, keys=[keys[i] for i in order], **fixed | more)
+        prompts, their_keys = [PROMPTS[i] for i in order], [keys[i] for i in order]
+        out = generate(model, prompts, samples=samples, keys=their_keys, **fixed | more)
         for i, group in zip(order, out, strict=True):
             assert len(group) == samples and all(map(same, group, wanted[i])), (i, more)
 
@@ -176,7 +177,8 @@ def test_another_seed_key_or_sample_is_another_draw():
 
 
 def test_uniform_numbers_are_uniform_inside_the_unit_interval_and_independent_of_how_many_are_asked():
-    numbers = np.stack([uniforms(seed, key, sample, 50) for seed in range(3) for key in range(20) for sample in range(20)])
+    numbers = np.stack([uniforms(seed, key, sample, 50)
+                        for seed in range(3) for key in range(20) for sample in range(20)])
     assert 0 < numbers.min() < numbers.max() < 1 and len(np.unique(numbers)) > 0.999 * numbers.size
     counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
     assert chi_square(counts, np.full(100, numbers.size / 100)) < critical(99)
@@ -287,7 +289,8 @@ def test_timing_counts_the_tokens():
     timing = {}
     out = generate(tiny(), PROMPTS, samples=2, max_new_tokens=5, eos_ids=EOS, timing=timing)
     assert timing["decode_tokens"] == sum(len(c.ids) for group in out for c in group)
-    assert timing["prefill_tokens"] == sum(map(len, PROMPTS)) and timing["prefill_seconds"] > 0 < timing["decode_seconds"]
+    assert timing["prefill_tokens"] == sum(map(len, PROMPTS))
+    assert timing["prefill_seconds"] > 0 < timing["decode_seconds"]
 
 
 # ---------------------------------------------------------------------------------------------- law 11: devices
