@@ -20,7 +20,7 @@ MODULES = ["model", "sampler", "reward", "data", "rpt", "train", "eval"]
 def test_every_message_of_the_error_table_is_in_the_code():
     code = "".join((ROOT / f"{name}.py").read_text() for name in MODULES)
     code = re.sub(r'"\s+f?"', "", code)  # strings that go on in the next line
-    rows = README[README.index("| you did | you see |"):README.index("## Licence")].splitlines()[2:]
+    rows = README[README.index("| you did | you see |"):README.index("## Speed and memory")].splitlines()[2:]
     messages = [m.strip("`") for row in rows if row for m in re.findall(r"`(?:[^`\\]|\\`)+`", row.split("|")[2])]
     missing = [m for m in messages if m.replace("\\`", "`") not in code]
     assert len(messages) > 30 and not missing
