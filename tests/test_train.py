@@ -187,6 +187,20 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(toy, run, tmp
 # ---- stages
 
 
+def test_bfloat16_computes_on_float32_masters(toy, tmp_path):
+    """The accelerator's way on one process of a CPU: sharded float32 masters, recomputed blocks, a bounded cache."""
+    arguments = small(toy, tmp_path / "run", "--dtype", "bfloat16", "--cache-tokens", 400, "--checkpoint-activations",
+                      "--lr", 1e-6)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["skipped"] == 0 for row in rows) and any(0 < row.get("logprob_diff", 0) < 0.05 for row in rows)
+    before, after = load_pretrained(toy / "base" / "model"), load_pretrained(tmp_path / "run" / "model")
+    moved = torch.cat([(p - q).abs().flatten() for p, q in zip(before.parameters(), after.parameters())])
+    assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.3
+    # and these are steps of 1e-6, which bfloat16 masters would lose
+
+
 def test_next_token_prediction_lowers_its_loss_on_a_corpus(toy, tmp_path):
     train.main(small(toy, tmp_path / "run", "--stage", "ntp", "--steps", 24, "--questions", 16, "--lr", 0.005))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
