@@ -191,14 +191,15 @@ def test_bfloat16_computes_on_float32_masters(toy, tmp_path):
     """The accelerator's way on one process of a CPU: sharded float32 masters, recomputed blocks, a bounded cache."""
     arguments = small(toy, tmp_path / "run", "--dtype", "bfloat16", "--cache-tokens", 400, "--checkpoint-activations",
                       "--lr", 1e-6)
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["skipped"] == 0 for row in rows) and any(0 < row.get("logprob_diff", 0) < 0.05 for row in rows)
     before, after = load_pretrained(toy / "base" / "model"), load_pretrained(tmp_path / "run" / "model")
     moved = torch.cat([(p - q).abs().flatten() for p, q in zip(before.parameters(), after.parameters())])
+    # steps of 1e-6, which bfloat16 masters would lose
     assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.3
-    # and these are steps of 1e-6, which bfloat16 masters would lose
 
 
 def test_next_token_prediction_lowers_its_loss_on_a_corpus(toy, tmp_path):
