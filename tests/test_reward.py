@@ -334,7 +334,7 @@ def test_the_example_in_the_module_docstring_is_a_reward():
 
 
 def test_every_reward_is_named():
-    assert list(REWARDS) == ["prefix", "first-token", "dense", "conditional-dense", "answer", "format"]
+    assert list(REWARDS) == ["prefix", "first-token", "dense", "conditional-dense", "answer", "format", "gain"]
 
 
 def test_the_answer_reward_refuses_a_question_without_an_answer():
