@@ -663,7 +663,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        all_gather(None)  # everyone is done: leave at once, for now and then torch's threads abort the teardown
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
