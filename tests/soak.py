@@ -87,7 +87,8 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
         runs, different = runs + 1, different + (not all(same.values()))
         verdict = ", ".join(f"{what} {'equal' if equal else 'DIFFERENT'}" for what, equal in same.items())
         print(f"run {runs}, killed {here} times: {verdict}", flush=True)
-    print(f"{args.processes} processes: {kills} kills in {runs} runs, {runs - different} of them bitwise the undisturbed one")
+    print(f"{args.processes} processes: {kills} kills in {runs} runs, "
+          f"{runs - different} of them bitwise the undisturbed one")
     return int(different > 0)
 
 

@@ -85,7 +85,8 @@ def test_rows_of_mmlu_pros_format_are_choices(tmp_path):
 
 def test_the_command_measures_a_model_on_a_corpus(toy, tmp_path, capsys):
     evaluation.main([str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"), "--holdout", "30",
-                     "--questions", "20", "--template", "toy", "--part", "solution", "--max-response", "30", "--cache", str(tmp_path),
+                     "--questions", "20", "--template", "toy", "--part", "solution", "--max-response", "30",
+                     "--cache", str(tmp_path),
                      "--samples", "2"])
     said = capsys.readouterr().out
     assert "model, standard" in said and "model, majority vote" in said and "model, pass@2" in said
