@@ -179,7 +179,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The first half of `sin` is negated.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -199,7 +199,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     else:
         repeats = heads // k.shape[1]
         q = q.reshape(B, k.shape[1], repeats * T, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, repeats, 1)).view(B, heads, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, repeats, 1))
+        out = out.reshape(B, heads, T, d)
     return out.transpose(1, 2).reshape(B, T, heads * d)
 
 
@@ -225,13 +226,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, hidden_size] -> queries [B, heads, T, head_dim], keys and values [B, kv_heads, T, head_dim]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
-        return self.o_proj(attend(q, k, v) if cache is None else cache.attend(layer, q, k, v))
+        return rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -259,7 +260,14 @@ class Block(nn.Module):
         return self._forward(x, rope, cache)
 
     def _forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, self.layer)
+        q, k, v = self.before(x, rope)
+        return self.after(x, attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v))
+
+    def before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn(self.input_layernorm(x), rope)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -281,7 +289,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.compiled = config, False
         self.model = Decoder(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -304,6 +312,12 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             x = block(x, rope, cache)
         return self.model.norm(x)
+
+    def compile_blocks(self) -> None:
+        """Has torch.compile fuse the small operations of blocks and of decoding; one compilation serves all layers."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.before, block.after = (torch.compile(f, dynamic=True) for f in (block.before, block.after))
 
     @property
     def head(self) -> Tensor:

@@ -14,8 +14,9 @@ Left out: top-k and top-p, which would make the sampler another distribution tha
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from model import Segment, Transformer
 PREFILL_TOKENS = 16384  # prompts are computed in batches of about so many tokens
 ROOM = 1 / 8  # rows that ended are taken out, and groups admitted, when they are this share: moving a cache costs
 GROWTH = 32  # columns by which the rows' own cache grows, at least
-COHORTS = 4  # parts of the rows' own cache, by age
+COHORTS = 2  # parts of the rows' own cache, by age
 
 
 @dataclass(frozen=True)
@@ -63,40 +64,28 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 class DecodeCache:
-    """Keys and values for one token per row and step: prompts once per group, the rows' own tokens behind them.
+    """Keys and values for one token per row and step, in cohorts of rows of similar age, oldest first."""
 
-    Rows of a group are neighbours, in the order of admission. Keys are stored transposed, which the products with few
-    queries like better. Prompt columns may have holes (see `prefill`), which are masked.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # by layer, [groups, kv_heads, head_dim, P] and [.., P, head_dim]
-        self.valid = torch.zeros(0, 0, dtype=torch.bool, device=device)  # prompt columns that count, [groups, P]
-        self.counts: list[int] = []  # rows of each group
-        self.position = torch.zeros(0, dtype=torch.long, device=device)  # of the next token, [rows]
-        self.cohorts: list[_Cohort] = []  # the rows' own keys and values, oldest rows first
+    def __init__(self, attention: Callable[..., Tensor] | None = None):
+        """attention: what computes `attend_shared`, if not that."""
+        self.cohorts: list[_Cohort] = []
+        self.attention = attention or attend_shared
 
     def admit(self, prompts: Segment, counts: Sequence[int]) -> None:
         """Adds the prompts of a segment as groups, with counts[i] rows each."""
-        layers = [prompts.all_keys(layer) for layer in range(len(prompts.keys))]
-        old = self.prompt or [(k.mT[:0], v[:0]) for k, v in layers]
-        self.prompt = [(_stack(keys, k.mT, 3), _stack(values, v, 2)) for (keys, values), (k, v) in zip(old, layers)]
-        self.valid = _stack(self.valid, prompts.valid(prompts.keys[0].shape[2]), 1)
-        self.position = torch.cat((self.position, torch.tensor(
-            [end for end, count in zip(prompts.ends, counts) for _ in range(count)], device=self.device)))
-        self.counts += counts
-        rows, (_, kv_heads, _, d) = sum(counts), layers[0][0].shape
-        self.cohorts.append(_Cohort([(k.new_zeros(rows, kv_heads, d, 0), v.new_zeros(rows, kv_heads, 0, d))
-                                     for k, v in layers], [0] * rows))
-        while len(self.cohorts) > COHORTS:  # merge the neighbours that then have the fewest columns to mask
-            n = min(range(len(self.cohorts) - 1), key=lambda n: self.cohorts[n].masked_with(self.cohorts[n + 1]))
+        self.cohorts.append(_Cohort.of(prompts, counts))
+        while len(self.cohorts) > 1:  # merge the neighbours that then have the fewest columns to mask
+            masked, n = min((old.masked_with(young), n) for n, (old, young) in enumerate(pairwise(self.cohorts)))
+            if masked and len(self.cohorts) <= COHORTS:
+                break
             self.cohorts[n: n + 2] = [self.cohorts[n].merged(self.cohorts[n + 1])]
-        self._index()
 
     def tokens(self) -> int:
         """Columns of keys and values that are held, of prompts and of rows, used or not."""
-        return self.valid.numel() + sum(len(cohort.starts) * cohort.capacity for cohort in self.cohorts)
+        return sum(cohort.valid.numel() + len(cohort.starts) * cohort.capacity for cohort in self.cohorts)
+
+    def groups(self) -> int:
+        return sum(len(cohort.counts) for cohort in self.cohorts)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all other rows, groups without rows, and columns that no row uses."""
@@ -107,143 +96,151 @@ class DecodeCache:
             if its:
                 cohorts.append(cohort if len(its) == len(cohort.starts) else cohort.kept(its))
         self.cohorts = cohorts
-        group_of = [group for group, count in enumerate(self.counts) for _ in range(count)]
-        counts = np.bincount([group_of[row] for row in rows], minlength=len(self.counts)).tolist()
-        groups = [group for group, count in enumerate(counts) if count]
-        self.position = self.position[torch.tensor(rows, dtype=torch.long, device=self.device)]
-        if len(groups) < len(self.counts):
-            kept = torch.tensor(groups, dtype=torch.long, device=self.device)
-            self.valid = self.valid[kept]
-            used = int(self.valid.any(0).nonzero().max()) + 1 if groups else 0
-            self.valid = self.valid[:, :used]
-            self.prompt = [(keys[kept, :, :, :used], values[kept, :, :used]) for keys, values in self.prompt]
-        self.counts = [counts[group] for group in groups]
-        self._index()
-
-    def _index(self) -> None:
-        """Where each row stands in the [groups, slots] layout of the product with prompts, and the prompts' mask."""
-        self.slots = max(self.counts, default=0)
-        first = np.cumsum([0] + self.counts)
-        grid = [first[g] + min(s, count - 1) for g, count in enumerate(self.counts) for s in range(self.slots)]
-        place = [g * self.slots + s for g, count in enumerate(self.counts) for s in range(count)]
-        full = len(grid) == len(place)  # then the layout is the order of the rows
-        self.grid = None if full else torch.tensor(grid, device=self.device)
-        self.place = None if full else torch.tensor(place, device=self.device)
-        self.mask = None if bool(self.valid.all()) else _mask(self.valid)[:, None, None]  # [groups, 1, 1, P]
-
-    def _by_group(self, x: Tensor) -> Tensor:
-        """[rows, kv_heads, repeats, n] -> [groups, kv_heads, slots * repeats, n]"""
-        x = x if self.grid is None else x[self.grid]
-        _, kv_heads, repeats, n = x.shape
-        x = x.view(-1, self.slots, kv_heads, repeats, n).transpose(1, 2)
-        return x.reshape(-1, kv_heads, self.slots * repeats, n)
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """The inverse of `_by_group`."""
-        groups, kv_heads, queries, n = x.shape
-        x = x.view(groups, kv_heads, self.slots, -1, n).transpose(1, 2)
-        x = x.reshape(groups * self.slots, kv_heads, -1, n)
-        return x if self.place is None else x[self.place]
 
     def positions(self, width: int) -> Tensor:
         """Opens the next column, and says at which position of its text each row's token stands: [rows, 1]."""
         assert width == 1, "a DecodeCache takes one token per row"
-        for cohort in self.cohorts:
-            cohort.open_column()
-        self.position = self.position + 1
-        return self.position[:, None] - 1
+        return torch.cat([cohort.open_column() for cohort in self.cohorts])[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d].
-
-        All queries of a group meet its prompt in one product, and each row its own tokens; the two are then weighed
-        by what they have of the softmax's denominator.
-        """
-        rows, heads, _, d = q.shape
-        q = (q * d**-0.5).view(rows, k.shape[1], -1, d)  # [rows, kv_heads, repeats, d]
-        shared, shared_total = map(self._by_row, _attend_part(self._by_group(q), *self.prompt[layer], self.mask))
+        """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d]."""
         if len(self.cohorts) == 1:
-            own, own_total = self.cohorts[0].attend(layer, q, k, v)
-        else:
-            sizes = [len(cohort.starts) for cohort in self.cohorts]
-            parts = zip(self.cohorts, q.split(sizes), k.split(sizes), v.split(sizes))
-            own, own_total = map(torch.cat, zip(*(cohort.attend(layer, *part) for cohort, *part in parts)))
-        return torch.lerp(own, shared, (shared_total - own_total).sigmoid().to(q.dtype)).reshape(rows, 1, heads * d)
+            return self.cohorts[0].attend(self.attention, layer, q, k, v)
+        parts = zip(self.cohorts, *(x.split([len(cohort.starts) for cohort in self.cohorts]) for x in (q, k, v)))
+        return torch.cat([cohort.attend(self.attention, layer, *part) for cohort, *part in parts])
 
 
 class _Cohort:
-    """Own keys and values of rows of similar age.
+    """Groups of similar age: each prompt's keys and values once, and behind them those of the rows' own tokens.
 
-    Its rows write the same column in a step; a row that is younger than the oldest has nothing in the first columns,
-    and these are masked. Rows of very different age are in different cohorts: a young one must not pay for columns
-    it does not have.
+    Rows of a group are neighbours. All write the same column in a step; a row that is younger than the oldest has
+    nothing in the first columns, and these are masked. Rows of very different age are in different cohorts: a young
+    one must not pay for columns that it does not have. Prompt columns may have holes (see `prefill`), which are masked.
+    The key heads come first, [kv_heads, groups or rows, columns, d]: the rows of full groups then need no rearranging
+    between the product with their prompts and the one with their own tokens.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], starts: Sequence[int], width: int = 0):
-        least = min(starts)
-        self.layers = [(k[..., least:], v[:, :, least:]) for k, v in layers]  # [rows, kv_heads, d, capacity], [.., d]
-        self.starts, self.width = [start - least for start in starts], width - least  # each row's first column; columns
-        self.mask = None
-        if any(self.starts):
-            device = layers[0][0].device
-            columns = torch.arange(max(self.starts), device=device)
-            self.mask = _mask(columns >= torch.tensor(self.starts, device=device)[:, None])[:, None, None]
+    def __init__(self, prompt: list[tuple[Tensor, Tensor]], valid: Tensor, counts: list[int],
+                 own: list[tuple[Tensor, Tensor]], starts: list[int], width: int, position: Tensor):
+        self.prompt, self.own = prompt, own  # by layer, keys and values of the groups' prompts, of the rows' own tokens
+        self.valid = valid  # prompt columns that count, [groups, P]
+        self.counts = counts  # rows of each group
+        self.starts, self.width = starts, width  # each row's first own column; columns in use
+        self.position = position  # of the next token in its text, [rows]
+        device = position.device
+        self.prompt_mask = None if bool(valid.all()) else _mask(valid)[:, None]  # [groups, 1, P]
+        columns = torch.arange(max(starts), device=device)
+        self.own_mask = (_mask(columns >= torch.tensor(starts, device=device)[:, None])[:, None] if any(starts)
+                         else None)  # [rows, 1, columns that some have and others have not]
+        # Where each row stands in the [groups, slots] layout of the product with prompts, and back.
+        self.slots, first = max(counts), np.cumsum([0] + counts)
+        self.grid = self.place = None
+        if min(counts) < self.slots:  # else the layout is the order of the rows
+            self.grid = torch.tensor([first[g] + min(s, count - 1) for g, count in enumerate(counts)
+                                      for s in range(self.slots)], device=device)
+            self.place = torch.tensor([g * self.slots + s for g, count in enumerate(counts) for s in range(count)],
+                                      device=device)
+
+    @classmethod
+    def of(cls, prompts: Segment, counts: Sequence[int]) -> "_Cohort":
+        """Freshly computed prompts, with rows that have no token yet."""
+        prompt = [tuple(x.transpose(0, 1).contiguous() for x in prompts.all_keys(layer))
+                  for layer in range(len(prompts.keys))]
+        rows, (kv_heads, _, _, d) = sum(counts), prompt[0][0].shape
+        own = [tuple(x.new_zeros(kv_heads, rows, 0, d) for x in pair) for pair in prompt]
+        position = torch.tensor(np.repeat(prompts.ends, counts), device=prompts.device)
+        return cls(prompt, prompts.valid(prompts.keys[0].shape[2]), list(counts), own, [0] * rows, 0, position)
 
     def kept(self, rows: Sequence[int]) -> "_Cohort":
-        index = torch.tensor(rows, dtype=torch.long, device=self.layers[0][0].device)
-        return _Cohort([(k[index], v[index]) for k, v in self.layers], [self.starts[row] for row in rows], self.width)
+        group_of = np.repeat(np.arange(len(self.counts)), self.counts)[rows]
+        groups, counts = np.unique(group_of, return_counts=True)
+        prompt, valid = self.prompt, self.valid
+        if len(groups) < len(self.counts):
+            groups = torch.tensor(groups, device=self.position.device)
+            valid = valid[groups]
+            used = int(valid.any(0).nonzero().max()) + 1
+            prompt, valid = [tuple(x[:, groups, :used] for x in pair) for pair in prompt], valid[:, :used]
+        index = torch.tensor(rows, device=self.position.device)
+        least = min(self.starts[row] for row in rows)
+        own = [tuple(x[:, index, least:] for x in pair) for pair in self.own]
+        return _Cohort(prompt, valid, counts.tolist(), own, [self.starts[row] - least for row in rows],
+                       self.width - least, self.position[index])
 
     def masked_with(self, younger: "_Cohort") -> int:
         """How many columns would have to be masked in a union."""
         return len(younger.starts) * (self.width - younger.width)
 
     def merged(self, younger: "_Cohort") -> "_Cohort":
-        """The union; the younger rows' columns move to the right, so that the newest remains the last."""
-        shift, w = self.width - younger.width, younger.width
-        layers = [(torch.cat((a[..., : self.width], F.pad(c[..., :w], (shift, 0)))),
-                   torch.cat((b[:, :, : self.width], F.pad(e[:, :, :w], (0, 0, shift, 0)))))
-                  for (a, b), (c, e) in zip(self.layers, younger.layers)]
-        return _Cohort(layers, [*self.starts, *(start + shift for start in younger.starts)], self.width)
+        """The union; the younger rows' own columns move to the right, so that the newest remains the last."""
+        shift = self.width - younger.width
+        prompt = [tuple(map(_stack, *pairs)) for pairs in zip(self.prompt, younger.prompt)]
+        own = [tuple(torch.cat((x[:, :, : self.width], F.pad(y[:, :, : younger.width], (0, 0, shift, 0))), dim=1)
+                     for x, y in zip(*pairs)) for pairs in zip(self.own, younger.own)]
+        return _Cohort(prompt, _stack(self.valid[None, :, :, None], younger.valid[None, :, :, None])[0, :, :, 0], self.counts + younger.counts, own,
+                       self.starts + [start + shift for start in younger.starts], self.width,
+                       torch.cat((self.position, younger.position)))
 
     @property
     def capacity(self) -> int:
-        return self.layers[0][0].shape[-1]
+        return self.own[0][0].shape[2]
 
-    def open_column(self) -> None:
+    def open_column(self) -> Tensor:
+        """Makes room for one token per row; the positions [rows] at which they stand."""
         if self.width == self.capacity:
             room = max(GROWTH, self.width // 2)
-            self.layers = [(F.pad(k, (0, room)), F.pad(v, (0, 0, 0, room))) for k, v in self.layers]
+            self.own = [tuple(F.pad(x, (0, 0, 0, room)) for x in pair) for pair in self.own]
         self.width += 1
+        self.position = self.position + 1
+        return self.position - 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, kv_heads, repeats, d] attends to all."""
-        keys, values = self.layers[layer]
-        keys[..., self.width - 1], values[:, :, self.width - 1] = k[:, :, 0], v[:, :, 0]
-        return _attend_part(q, keys[..., : self.width], values[:, :, : self.width], self.mask)
+    def attend(self, attention: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, heads, 1, d] attends to all."""
+        keys, values = (x[:, :, : self.width] for x in self.own[layer])
+        keys[:, :, -1], values[:, :, -1] = k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)
+        return attention(q, *self.prompt[layer], self.prompt_mask, keys, values, self.own_mask, self.slots, self.grid,
+                         self.place)
 
 
-def _attend_part(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys, and the logarithm of its softmax denominator, [..., queries, d] and [..., 1].
+def attend_shared(q: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_mask: Tensor | None, keys: Tensor,
+                  values: Tensor, mask: Tensor | None, slots: int, grid: Tensor | None, place: Tensor | None) -> Tensor:
+    """One softmax over a group's prompt and a row's own tokens: q [rows, heads, 1, d] -> [rows, 1, heads * d].
 
-    keys [..., d, columns] are transposed. Two parts join as lerp(a, b, sigmoid(log_total_b - log_total_a)). The
-    largest weight is exp(peak - log_total), and never 0: so no second pass of exponentials is needed for log_total.
+    All queries of a group meet its prompt in one product. Both parts are exponentiated around their common maximum,
+    so numerators and denominators just add up.
     """
-    scores = (q @ keys).float()
+    (kv_heads, groups, columns, d), rows = prompt_keys.shape, len(q)
+
+    def by_group(x: Tensor) -> Tensor:  # [kv_heads, rows, repeats, n] -> [kv_heads * groups, slots * repeats, n]
+        x = x if grid is None else x[:, grid]
+        return x.reshape(kv_heads * groups, -1, x.shape[-1])
+
+    def by_row(x: Tensor) -> Tensor:  # and back
+        x = x.view(kv_heads, groups * slots, -1, x.shape[-1])
+        return x if place is None else x[:, place]
+
+    q = (q * d**-0.5).reshape(rows, kv_heads, -1, d).transpose(0, 1).contiguous()  # [kv_heads, rows, repeats, d]
+    shared = torch.bmm(by_group(q), prompt_keys.flatten(0, 1).mT).float()
+    own = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT).float().view(kv_heads, rows, -1, keys.shape[2])
+    if prompt_mask is not None:
+        shared.view(kv_heads, groups, -1, columns).add_(prompt_mask)
     if mask is not None:
-        scores[..., : mask.shape[-1]] += mask
-    weights = scores.softmax(-1)
-    total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-    return weights.to(values.dtype) @ values, total
+        own[..., : mask.shape[-1]].add_(mask)
+    peak = torch.maximum(by_row(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
+    shared, own = shared.sub_(by_group(peak)).exp_(), own.sub_(peak).exp_()
+    total = by_row(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)
+    out = by_row(torch.bmm(shared.to(q.dtype), prompt_values.flatten(0, 1)))
+    out = out + torch.bmm(own.flatten(0, 1).to(q.dtype), values.flatten(0, 1)).view(q.shape)
+    return (out / total).to(q.dtype).transpose(0, 1).reshape(rows, 1, -1)
 
 
 def _mask(valid: Tensor) -> Tensor:
     return torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, float("-inf"))
 
 
-def _stack(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Concatenates tensors of different size in `dim` along dimension 0; what is added is zero."""
-    width = max(a.shape[dim], b.shape[dim])
-    return torch.cat([F.pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, width - t.shape[dim]]) for t in (a, b)])
+def _stack(a: Tensor, b: Tensor) -> Tensor:
+    """[n, groups, columns, m] of both, the groups one after the other; columns that are added hold zeros."""
+    columns = max(a.shape[2], b.shape[2])
+    return torch.cat([F.pad(x, (0, 0, 0, columns - x.shape[2])) for x in (a, b)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -306,7 +303,7 @@ class _Batch:
         self.model, self.device = model, model.head.device
         self.limit, self.temperature, self.seed = limit, temperature, seed
         self.eos = torch.tensor(sorted(eos_ids), device=self.device)
-        self.cache = DecodeCache(self.device)
+        self.cache = DecodeCache(torch.compile(attend_shared, dynamic=True) if model.compiled else None)
         self.owners: list[tuple[int, int]] = []  # (prompt, sample) of each row
         # By row and position; one column more than the limit, for what rows sample after they are done.
         self.uniform = torch.zeros(0, limit + 1, dtype=torch.float64, device=self.device)
@@ -365,7 +362,7 @@ class _Batch:
 
     def evict(self) -> Job:
         """Gives up the youngest group; the job to be done again, which yields the same tokens whenever that is."""
-        rows = len(self.owners) - self.cache.counts[-1]
+        rows = len(self.owners) - self.cache.cohorts[-1].counts[-1]
         job = self.owners[rows][0], [sample for _, sample in self.owners[rows:]]
         self._keep(list(range(rows)))
         return job
@@ -431,7 +428,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, samples: i
         ended = batch.harvest()
         for prompt, sample, completion in ended:
             results[prompt][sample] = completion
-        while cache_tokens and batch.cache.tokens() > cache_tokens and len(batch.cache.counts) > 1:
+        while cache_tokens and batch.cache.tokens() > cache_tokens and batch.cache.groups() > 1:
             waiting.appendleft(batch.evict())
         phase = "prefill_seconds" if jobs else "decode_seconds"
         spent[phase] += time.perf_counter() - begin

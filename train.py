@@ -76,6 +76,7 @@ class Run:
     device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if there is one")
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
+    compile: bool = option(False, "torch.compile the blocks and decoding: fewer kernels, after minutes of compilation")
     log_questions: int = option(-1, "questions of each step whose rollouts are logged, to bound the log; -1: all")
     show: int = option(0, "print this many rollouts of every step")
     plan: bool = option(False, "print what the run would take, without hardware, and stop")
@@ -205,6 +206,8 @@ def build(directory: Path, run: Run, device: torch.device) -> Transformer:
     load_weights(model, directory)
     for block in model.model.layers:
         block.checkpoint_activations = run.checkpoint_activations
+    if run.compile:
+        model.compile_blocks()
     return model
 
 
@@ -344,7 +347,7 @@ class RunFolder:
 
 
 FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens",
-        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations")  # options that a resumed run may change
+        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations", "compile")  # options that a resumed run may change
 
 
 def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
