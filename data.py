@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,16 +38,13 @@ CHATS = {  # by the special token that gives the family away: what stands around
     "<|im_start|>": "{system}<|im_start|>user\n\0<|im_end|>\n<|im_start|>assistant\n<think>\n",  # Qwen, SmolLM2
     "<|start_header_id|>": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n\0<|eot_id|>"
                            "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n",  # Llama 3
+    None: "{bos}\0\n<think>\n",
 }
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json",
          "chat_template.jinja")
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for 256, 257, ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+# Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as characters 256, 257, ...
+CHARS = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+BYTE_OF_CHAR = dict(zip(CHARS, sorted(range(256), key=lambda byte: chr(byte) not in CHARS)))
 
 
 class Tokenizer:
@@ -55,9 +53,9 @@ class Tokenizer:
     Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special token.
     """
 
-    def __init__(self, files: dict[str, bytes], config: dict, where: str):
-        """files: those of FILES that exist. config: the model's config.json, {} if there is none."""
-        self.files = files
+    def __init__(self, files: dict[str, bytes], where: str):
+        """files: the contents of those of FILES that exist. where: the folder that an error names."""
+        self.files = {name: content for name, content in files.items() if name != "config.json"}  # that is the model's
         try:
             spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -70,64 +68,55 @@ class Tokenizer:
             vocabulary = spec["model"]["vocab"]
             if not isinstance(vocabulary, dict):
                 raise ValueError("only BPE vocabularies are supported")
+            self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
         except Exception as error:  # the Rust parser raises bare Exceptions
             raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") \
                 from None
-        settings, generation = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json",
-                                                                               "generation_config.json"))
         byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
-        alphabet = _byte_of_char()
-        size = 1 + max([*vocabulary.values(), *self.special.values()])
-        self._bytes = [b""] * size
         for token, id in vocabulary.items():
             if byte_level:
-                known = all(c in alphabet for c in token)
-                self._bytes[id] = bytes(alphabet[c] for c in token) if known else token.encode()
+                known = BYTE_OF_CHAR.keys() >= set(token)
+                self._bytes[id] = bytes(map(BYTE_OF_CHAR.get, token)) if known else token.encode()
             else:
                 byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-                self._bytes[id] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+                self._bytes[id] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
         for token, id in self.special.items():
             self._bytes[id] = token.encode()
-        bos = settings.get("bos_token")
-        bos = bos["content"] if isinstance(bos, dict) else bos
+        self._ids_of = defaultdict(list)
+        for id, content in enumerate(self._bytes):
+            self._ids_of[content].append(id)
+
+        settings, generation, config = (json.loads(files.get(name, b"{}")) for name in FILES[1:4])
+        bos, eos = (token["content"] if isinstance(token, dict) else token
+                    for token in (settings.get("bos_token"), settings.get("eos_token")))
         added = json.dumps(spec.get("post_processor"), ensure_ascii=False)
         wants_bos = settings.get("add_bos_token", f'"{bos}"' in added)
         self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
-        self._ids_of: dict[bytes, list[int]] = {}
-        for id, content in enumerate(self._bytes):
-            self._ids_of.setdefault(content, []).append(id)
-        self.eos_ids = self._end_tokens(settings, generation, config, where)
-        family = next((token for token in CHATS if token in self.special), None)
+        end = next((source["eos_token_id"] for source in (generation, config)
+                    if source.get("eos_token_id") is not None), self.special.get(eos))
+        if end is None:
+            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
+        self.eos_ids: list[int] = [end] if isinstance(end, int) else list(end)
         template = files.get("chat_template.jinja", b"").decode() or str(settings.get("chat_template"))
+        self._chat = self._chat_pieces(template, bos if self.bos else "")
+
+    def _chat_pieces(self, template: str, bos: str) -> list[str]:
+        """The family's chat format around \\0, with the template's system message, cut at its special tokens."""
         system = re.search(r"<\|im_start\|>system(?:\n|\\n)(?:(?!{[{%])[^'\"<])+<\|im_end\|>(?:\n|\\n)", template)
         system = re.sub(r"\\(.)", lambda c: "\n" if c[1] == "n" else c[1], system[0]) if system else ""
-        self._chat = (CHATS[family] if family else "\0\n<think>\n").replace("{system}", system)
-        pattern = "(" + ("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)") + ")"
-        self._chat = [piece for piece in re.split(pattern, self._chat) if piece]
-        self._chat_bos = self.bos if family is None else []  # elsewhere the format itself has it
-
-    def _end_tokens(self, settings: dict, generation: dict, config: dict, where: str) -> list[int]:
-        """End tokens from generation_config.json, else config.json, else the tokenizer's own."""
-        for ids in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
-        token = settings.get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token not in self.special:
-            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
-        return [self.special[token]]
+        family = next((token for token in CHATS if token in self.special), None)
+        pattern = "|".join([*map(re.escape, sorted(self.special, key=len, reverse=True)), "(?!)"])
+        return re.split(f"({pattern})", CHATS[family].replace("{system}", system).replace("{bos}", bos))
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
         """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one sentence."""
-        path = Path(path)
-        if not (path / "tokenizer.json").is_file():
+        files = {name: (Path(path) / name).read_bytes() for name in FILES if (Path(path) / name).is_file()}
+        if "tokenizer.json" not in files:
             raise FileNotFoundError(f"{path}: no tokenizer.json")
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        for name in FILES[1:3]:
-            if (path / name).is_file():
-                read_json(path / name)  # raises its own sentence
-        return cls({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, config, str(path))
+        for name in files.keys() & set(FILES[1:4]):
+            read_json(Path(path) / name)  # raises its own sentence
+        return cls(files, str(path))
 
     def save(self, directory: str | Path) -> None:
         """Writes the files it was read from, with its end tokens in the generation config."""
@@ -171,19 +160,16 @@ class Tokenizer:
         A context is inserted as ids where the prompt says {context}: a document's own tokens, even where it breaks
         off within a character.
         """
-        ids = list(self._chat_bos)
+        ids = []
         for piece in self._chat:
+            before, place, after = piece.replace("\0", prompt).partition("{context}")
             if piece in self.special:
                 ids.append(self.special[piece])
-                continue
-            if "\0" not in piece or context is None:
-                ids += self.encode(piece.replace("\0", prompt))
+            elif place and context is not None:
+                ids += self.encode(before) + list(context) + self.encode(after)
             else:
-                before, _, after = prompt.partition("{context}")
-                head, tail = piece.split("\0")
-                ids += self.encode(head + before) + list(context) + self.encode(after + tail)
+                ids += self.encode(before + place + after)
         return ids
-
 
     def thought_ids(self, thought: bytes) -> list[int]:
         """A thought, its end, and the opening of the answer behind it."""
@@ -615,7 +601,7 @@ def toy_tokenizer() -> Tokenizer:
     bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in SYSTEM_TOKENS[3:]])
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-    return Tokenizer(files, {}, "toy")
+    return Tokenizer(files, "toy")
 
 
 def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:

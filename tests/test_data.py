@@ -108,10 +108,9 @@ def byte_fallback(rng: random.Random, metaspace: bool) -> tokenizers.Tokenizer:
 
 def read(bpe: tokenizers.Tokenizer, settings: dict, **files: object) -> Tokenizer:
     """data.Tokenizer of a tokenizer and the JSON objects beside it."""
-    config = files.pop("config", {})
     files = {f"{name}.json": json.dumps(content).encode()
              for name, content in (files | {"tokenizer_config": settings}).items()}
-    return Tokenizer(files | {"tokenizer.json": bpe.to_str().encode()}, config, "here")
+    return Tokenizer(files | {"tokenizer.json": bpe.to_str().encode()}, "here")
 
 
 MAKERS = {
@@ -284,7 +283,7 @@ def family(name: str, beside: bool = False) -> Tokenizer:
     files = {"tokenizer.json": bpe.to_str().encode()}
     files |= {"chat_template.jinja": template.encode()} if beside else {}
     return Tokenizer(files | {"tokenizer_config.json": json.dumps(
-        settings if beside else settings | {"chat_template": template}).encode()}, {}, name)
+        settings if beside else settings | {"chat_template": template}).encode()}, name)
 
 
 def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -713,7 +712,7 @@ def test_entropies_are_computed_once_for_the_same_inputs_and_again_for_others(to
     sets(min_context=5, part="solution", value=0.1)  # choices made after the pass
     assert len(loads) == 1
     with_bos = Tokenizer(toy.files | {"tokenizer_config.json": json.dumps(
-        {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", "add_bos_token": True}).encode()}, {}, "toy")
+        {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", "add_bos_token": True}).encode()}, "toy")
     sets(window=32)
     sets(dtype=torch.bfloat16)
     sets(tokenizer=with_bos)
