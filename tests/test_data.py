@@ -414,14 +414,14 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": " \\n"}\n', "a.jsonl line 2: empty document"),
     ("a.jsonl", b'{"body": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"solution": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: not UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: byte 10 is not UTF-8"),
     ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate pair"),
     ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: not JSON"),
     ("a.jsonl", b"", "a.jsonl: no documents"),
     ("a.jsonl", b"\n \n", "a.jsonl: no documents"),
     ("a.txt", b"", "a.txt: no documents"),
     ("a.txt", b"x\n<|endoftext|>\n\n<|endoftext|>\ny", "a.txt document 2: empty document"),
-    ("a.txt", b"x\xff", "a.txt: byte 1 is not UTF-8"),
+    ("a.txt", b"x\xff", "a.txt document 1: byte 1 is not UTF-8"),
     ("a.csv", b"x", "a.csv: a corpus is a .jsonl or .txt file"),
     ("a", b"x", "a: a corpus is a .jsonl or .txt file"),
 ])
@@ -1059,8 +1059,7 @@ def test_the_true_continuations_of_omnimath_earn_the_reward_and_damaged_ones_do_
                 otherwise += expected
         boxed = [prefix_match(extract_prediction(b"so</think>\n\n\\boxed{" + b"".join(truth[:n]) + b"}"), truth)
                  for n in range(1, len(truth) + 1)]
-        assert any(boxed) == reachable(truth) == data._reachable(
-            deepseek, ids[question.document][question.position:][:32])
+        assert any(boxed) == reachable(truth)
         held += any(boxed)
         if not any(mark in truth[0] for mark in (b"{", b"}", b"\\boxed")):
             assert boxed[0] == 1.0
