@@ -21,12 +21,14 @@ from string import ascii_uppercase
 import numpy as np
 import torch
 
-from data import Question, Tokenizer, prompt_ids, question_sets, read_corpus
-from model import DTYPES, Transformer, load_pretrained, resolve
+from data import TEMPLATES, Question, Tokenizer, prompt_ids, question_sets, read_corpus
+from model import DTYPES, Transformer, load_pretrained, read_json, resolve
 from reward import answer_match, extract_prediction, prefix_match
 from rpt import Group, Method, all_gather, completion_logprobs, rank_and_world, unsharded
 from sampler import Completion, generate, pad
 
+OF_THE_RUN = ("corpus", "proxy", "template", "temperature", "max_prompt", "max_response", "seed", "min_context", "part",
+              "dtype")  # settings that a run's evaluation shares with it
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
 
 # ---- measurements
@@ -178,59 +180,52 @@ def growth(metrics: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """The command line. What a run's run.json says stands in for the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
-    for name, kind, default, text in (
-            ("corpus", str, None, ".jsonl, .txt or folder; a run's own by default"), ("proxy", str, None,
-             "model whose entropy makes the splits; by default the run's, else the model itself"),
-            ("samples", int, 1, "responses to each question; above 1 also pass@k and majority vote"),
-            ("questions", int, 500, "held-out questions"), ("holdout", int, 200, "documents to ask about"),
-            ("template", str, None, "prompt template"), ("temperature", float, None, "of the responses"),
-            ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"),
-            ("seed", int, None, "of everything"),
-            ("min-context", int, None, "tokens before a question"), ("part", str, None, "all, or solution"),
-            ("dtype", str, None, "of the computation"), ("device", str, "cpu", "cpu or cuda"),
-            ("out", str, None, "file for the records, one JSON object a line"),
-            ("cache", str, None, "folder for entropies; by default the run's, else runs/cache")):
-        parser.add_argument("--" + name, type=kind, default=default, help=f"{text} ({default})")
-    args = parser.parse_args(argv)
+    for name, default, text, *choices in (
+            ("corpus", "", ".jsonl, .txt or folder"),
+            ("proxy", "", "model whose entropy makes the splits; by default the model itself"),
+            ("template", "v0", "prompt template", TEMPLATES), ("temperature", 0.8, "of the responses"),
+            ("max-prompt", 4096, "tokens"), ("max-response", 8192, "tokens"), ("seed", 0, "of everything"),
+            ("min-context", 1, "tokens before a question"), ("part", "all", "where to ask", ("all", "solution")),
+            ("dtype", "float32", "of the computation", DTYPES), ("holdout", 200, "documents to ask about"),
+            ("questions", 500, "held-out questions"), ("device", "cpu", "cpu or cuda"),
+            ("samples", 1, "responses to each question; above 1 also pass@k and majority vote"),
+            ("out", "", "file for the records, one JSON object a line"),
+            ("cache", "", "folder for entropies; by default the run's, else runs/cache")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices[0] if choices else None,
+                            help=f"{text} ({default})" if default != "" else text)
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
+    folder = Path(parser.parse_args(argv).directory)
     try:
-        print(report(args))
+        run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+        parser.set_defaults(**{key: run[key] for key in OF_THE_RUN if key in run})
+        print(report(parser.parse_args(argv), run))
     except (ValueError, FileNotFoundError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def report(args: argparse.Namespace) -> str:
-    """Evaluates as the command line says; the table as text."""
-    place, settings = Path(args.directory), {}
-    if (place / "run.json").is_file():
-        settings = json.loads((place / "run.json").read_text())
-        place = place / "model"
-    fixed = {"corpus": "", "proxy": "", "model": str(place), "template": "v0", "temperature": 0.8, "max_prompt": 4096,
-             "max_response": 8192, "seed": 0, "min_context": 1, "part": "all", "dtype": "float32",
-             "holdout": args.holdout}
-    chosen = fixed | {k: v for k, v in settings.items() if k in fixed} | {
-        k: v for k, v in vars(args).items() if k in fixed and v is not None and k != "holdout"}
-    if not chosen["corpus"]:
+def report(args: argparse.Namespace, run: dict) -> str:
+    """Evaluates as the command line says; the table as text. run: the settings in run.json, {} for a model."""
+    if not args.corpus:
         raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
-    source, device, dtype = resolve(place), torch.device(args.device), DTYPES[chosen["dtype"]]
-    cache = Path(args.cache or (Path(args.directory) / "cache" if settings else "runs/cache"))
+    folder, device, dtype = Path(args.directory), torch.device(args.device), DTYPES[args.dtype]
+    source = resolve(folder / "model" if run else folder)
     tokenizer = Tokenizer.from_dir(source)
     _, held, _ = question_sets(
-        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], cache, holdout=chosen["holdout"],
-        selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
-        seed=chosen["seed"], window=chosen["max_prompt"], device=device, dtype=dtype)
-    method = Method(template=chosen["template"], temperature=chosen["temperature"], max_prompt=chosen["max_prompt"],
-                    max_response=chosen["max_response"])
-    questions = subset(held, args.questions, chosen["seed"])
-    model = load_pretrained(source, device, dtype)
-    records = evaluate(model, tokenizer, questions, method, args.samples, chosen["seed"], progress=True)
+        tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
+        Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
+        holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
+        min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
+    method = Method(template=args.template, temperature=args.temperature, max_prompt=args.max_prompt,
+                    max_response=args.max_response)
+    records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, args.seed),
+                       method, args.samples, args.seed, progress=True)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return table({place.name if not settings else Path(args.directory).name: records})
+    return table({folder.name: records})
 
 
 # ---- statistics
