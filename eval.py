@@ -66,18 +66,16 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
 
     Every process calls it and gets all records. Responses are sampled at the method's temperature.
     """
-    (rank, world), records = rank_and_world(), []
-    mine = range(rank, len(questions), world)
+    rank, world = rank_and_world()
+    mine, records = list(enumerate(questions))[rank::world], []
     with unsharded(model):
-        standard = standard_predictions(model, tokenizer, [questions[n] for n in mine], method.max_prompt)
-        prompts = [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine]
+        standard = standard_predictions(model, tokenizer, [question for _, question in mine], method.max_prompt)
+        prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in mine]
         groups = generate(model, prompts, samples=samples, max_new_tokens=method.max_response,
                           temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed,
-                          keys=[1 << 60 | n for n in mine],
-                          max_rows=method.max_rows, cache_tokens=method.cache_tokens or None,
-                          progress=progress and rank == 0)
-    for n, token, group in zip(mine, standard, groups):
-        question = questions[n]
+                          keys=[1 << 60 | n for n, _ in mine], max_rows=method.max_rows,
+                          cache_tokens=method.cache_tokens or None, progress=progress and rank == 0)
+    for (n, question), token, group in zip(mine, standard, groups):
         said = [extract_prediction(tokenizer.bytes_of(c.ids[:-1])) if c.finished else None for c in group]
         records.append({
             "question": n, "document": question.document, "entropy": question.entropy,
@@ -144,8 +142,7 @@ def summary(records: Sequence[dict]) -> dict:
     for split, threshold in SPLITS.items():
         chosen = [record for record in records if record["entropy"] > threshold]
         samples = len(chosen[0]["reasoning"]) if chosen else 1
-        measures = {"standard": [r["standard"] for r in chosen], "reasoning": [np.mean(r["reasoning"]) for r in chosen],
-                    "parsed": [np.mean(r["parsed"]) for r in chosen], "length": [np.mean(r["length"]) for r in chosen]}
+        measures = {name: [np.mean(r[name]) for r in chosen] for name in ("standard", "reasoning", "parsed", "length")}
         if samples > 1:
             measures["majority vote"] = [r["vote"] for r in chosen]
             measures[f"pass@{samples}"] = [pass_at_k(int(sum(r["reasoning"])), samples, samples) for r in chosen]
@@ -257,16 +254,15 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: 
     values = np.asarray(values, dtype=np.float64)
     if len(values) != len(clusters):
         raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels; give one label for each value.")
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
     _, member = np.unique(np.asarray(clusters), return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [K], [K]
-    if len(counts) == 1:
-        return float(values.mean()), math.nan, math.nan
+    mean = float(values.mean()) if len(values) else math.nan
+    if len(counts) < 2:
+        return mean, math.nan, math.nan
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=resamples)  # [resamples, K]
     low, high = np.quantile((draws @ sums) / (draws @ counts), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[int], level: float = LEVEL,
@@ -302,8 +298,8 @@ def fit_power_law(compute: Sequence[float], accuracy: Sequence[float]) -> tuple[
     fewer than 4 points, a compute that is not positive, a value that is not finite, or nothing that varies.
     """
     log_compute, accuracy = _check_points(compute, accuracy)
-    (A,), (alpha,), (P_star,), fitted = _fit_rows(log_compute, accuracy[None])
-    r2 = 1 - ((accuracy - fitted[0]) ** 2).sum() / ((accuracy - accuracy.mean()) ** 2).sum()
+    (A,), (alpha,), (P_star,), (fitted,) = _fit_rows(log_compute, accuracy[None])
+    r2 = 1 - ((accuracy - fitted) ** 2).sum() / ((accuracy - accuracy.mean()) ** 2).sum()
     return float(A), float(alpha), float(P_star), float(r2)
 
 
@@ -332,7 +328,7 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
     """
     shares = {}
     for group, keywords in PATTERNS.items():
-        words = "|".join(r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords)
+        words = "|".join(map(re.escape, keywords)).replace("\\ ", r"\s+")
         # Not \b: behind the dot of "etc." it would ask for a letter.
         pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
         hits = [pattern.search(response) is not None for response in responses]
