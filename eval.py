@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -27,8 +27,7 @@ from reward import answer_match, extract_prediction, prefix_match
 from rpt import Group, Method, all_gather, completion_logprobs, rank_and_world, unsharded
 from sampler import Completion, generate, pad
 
-OF_THE_RUN = ("corpus", "proxy", "template", "temperature", "max_prompt", "max_response", "seed", "min_context", "part",
-              "dtype")  # settings that a run's evaluation shares with it
+OUR_OWN = ("questions", "device", "out")  # options that do not mean here what they mean to train.py
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
 
 # ---- measurements
@@ -197,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(parser.parse_args(argv).directory)
     try:
         run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-        parser.set_defaults(**{key: run[key] for key in OF_THE_RUN if key in run})
+        parser.set_defaults(**{k: v for k, v in run.items() if k not in OUR_OWN})
         print(report(parser.parse_args(argv), run))
     except (ValueError, FileNotFoundError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
@@ -216,8 +215,7 @@ def report(args: argparse.Namespace, run: dict) -> str:
         Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
         holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
         min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
-    method = Method(template=args.template, temperature=args.temperature, max_prompt=args.max_prompt,
-                    max_response=args.max_response)
+    method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
     records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, args.seed),
                        method, args.samples, args.seed, progress=True)
     if args.out:
@@ -357,29 +355,31 @@ def _fit_rows(log_compute: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np
     alpha goes to 0. C is in units of the smallest compute, so no power overflows. That leaves one search, over alpha.
     """
     shifted = log_compute - log_compute.min()  # [N], >= 0
-    mean = rows.mean(axis=1, keepdims=True)
+    mean = rows.mean(axis=1, keepdims=True)  # [R, 1]
 
-    def line(log_alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slope [R], intercept [R] and fitted values [R, N] at alpha [R]."""
-        basis = np.expm1(-np.exp(log_alpha)[:, None] * shifted) / np.exp(log_alpha)[:, None]  # [R, N]
+    def line(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slope [R, 1], intercept [R, 1] and fitted values [R, N] at alpha [R, 1]."""
+        basis = np.expm1(-alpha * shifted) / alpha  # [R, N]
         middle = basis.mean(axis=1, keepdims=True)
         slope = ((basis - middle) * (rows - mean)).sum(1, keepdims=True) / ((basis - middle) ** 2).sum(1, keepdims=True)
-        return slope[:, 0], (mean - slope * middle)[:, 0], mean + slope * (basis - middle)
+        return slope, mean - slope * middle, mean + slope * (basis - middle)
 
-    def error(log_alpha: np.ndarray) -> np.ndarray:
-        return ((rows - line(log_alpha)[-1]) ** 2).sum(axis=1)  # [R]; from residuals, as a difference would cancel
+    def error(log_alpha: np.ndarray) -> np.ndarray:  # [R, 1]; from residuals, as a difference would cancel
+        return ((rows - line(np.exp(log_alpha))[-1]) ** 2).sum(axis=1, keepdims=True)
 
     grid = np.linspace(*np.log(ALPHA_RANGE), 150)
-    best = np.argmin([error(np.full(len(rows), point)) for point in grid], axis=0)  # [R]
+    best = np.argmin([error(np.full_like(mean, point)) for point in grid], axis=0)  # [R, 1]
     low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
     golden = (math.sqrt(5) - 1) / 2
     for _ in range(50):  # the bracket ends 0.12 * golden^50 = 4e-12 wide, relative to alpha
         left, right = high - golden * (high - low), low + golden * (high - low)
         keep_left = error(left) < error(right)
         low, high = np.where(keep_left, low, left), np.where(keep_left, right, high)
-    slope, intercept, fitted = line((low + high) / 2)
     alpha = np.exp((low + high) / 2)
-    return slope / alpha * np.exp(alpha * log_compute.min()), alpha, intercept - slope / alpha, fitted
+    slope, intercept, fitted = line(alpha)
+    A, P_star = slope / alpha * np.exp(alpha * log_compute.min()), intercept - slope / alpha
+    return A[:, 0], alpha[:, 0], P_star[:, 0], fitted
+
 
 
 if __name__ == "__main__":
