@@ -31,7 +31,6 @@ from model import Transformer, load_pretrained, read_json, resolve
 from reward import reachable
 from sampler import pad
 
-CORPUS_FILES = (".jsonl", ".txt")
 MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one is a mistake or should be split
 TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
 
@@ -236,13 +235,12 @@ def _rows(file: Path) -> Iterator[tuple[object, str]]:
 def read_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
 
-    In a .txt, `<|endoftext|>` at the end of a line ends a document. Errors (ValueError, FileNotFoundError) name file
-    and line.
+    In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name file and line.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such corpus")
-    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.suffix in CORPUS_FILES]
+    files = [f for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.suffix in (".jsonl", ".txt")]
     if not files:
         raise ValueError(f"{path}: a corpus is a .jsonl or .txt file, or a folder of them")
     try:
@@ -304,9 +302,8 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
     """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
 
     Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
-    `fingerprint` so that a changed input never meets it. Runs longer than `window` are read in windows that
-    overlap by half. A finished file needs no model. With several processes each computes its share and `gather`
-    returns everyone's.
+    `fingerprint` so that a changed input never meets it. A finished file needs no model. Runs longer than `window` are
+    read in windows that overlap by half. Each process computes its share, and `gather` returns everyone's.
     """
     pieces = []  # (run, first id read, first position wanted, end)
     for run, ids in enumerate(runs):
@@ -481,26 +478,25 @@ def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
 
 # ---------------------------------------------------------------------------------------------- templates
 
-_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
-_TASK = "Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. "
-_STEPS = "Please reason step by step to find the most probable next token"
-_FINAL = _STEPS + " as the final {}, and enclose it in \\boxed{{}} "
+_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. Please reason "
+        "step by step to find the most probable next token{}, and enclose it in \\boxed{{}} ")
 _LIST = "by predicting the next token, list multiple potential tokens and select the most probable one as the final "
+_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
+_FENCED = ".\n\n### Context\n```{context}```"
 TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are ours
-    "v0": _TASK.format("‘### Context’") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n{context}",
-    "v1": _TASK.format("### Context") + _FINAL.format("prediction") + _NOTE + ".\n\n### Context\n```{context}```.",
-    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please complete "
-          + _TASK.format("### Context").removeprefix("Complete ") + _STEPS + ", and enclose it in \\boxed{} "
-          + _NOTE.replace("{ =}", "{ +=}") + ".\n\n### Context\n```{context}```.",
+    "v0": _ASK.format("‘### Context’", " as the final answer") + _NOTE + ".\n\n### Context\n{context}",
+    "v1": _ASK.format("### Context", " as the final prediction") + _NOTE + _FENCED + ".",
+    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please c"
+          + _ASK.format("### Context", "")[1:] + _NOTE.replace("{ =}", "{ +=}") + _FENCED + ".",
     "v3": "Complete the given text under ### Context " + _LIST + "answer. Wrap your final answer in \\boxed{} " + _NOTE
-          + ".\n\n### Context\n```{context}```",
+          + _FENCED,
     "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the "
           "token in \\boxed{} " + _NOTE + ".\n\n"
           "Example 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
           "Example 2. ### Context ```The square of 7 is 4``` The next token is \\boxed{9}.\n"
           "Example 3. ### Context ```The steps are``` The next token is \\boxed{:\n}.\n\n"
           "Now, the context is: ### Context ```{context}```.",
-    "v5": _TASK.format("### Context") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n```{context}```",
+    "v5": _ASK.format("### Context", " as the final answer") + _NOTE + _FENCED,
     "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in "
           "\\boxed{} " + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
     "toy": "Next token?\n{context}",
@@ -591,8 +587,7 @@ def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
     35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 %
-    next-token questions answered by a weak annotator: 90 % bare guesses of any cup, 7 % thoughts that stop early, 3 %
-    right.
+    next-token questions answered by a weak annotator: 90 % guess any cup, 7 % stop thinking early, 3 % are right.
     """
     random, runs = Random(f"annotator {seed}"), []
     for story in stories:
@@ -620,9 +615,9 @@ def write_toy(folder: Path, seed: int, count: int = 4500) -> None:
     """corpus.jsonl (problem, solution) and answers.jsonl (problem, answer) of the toy world."""
     folder.mkdir(parents=True, exist_ok=True)
     stories = toy_stories(count, 1000 + seed)
-    rows = {"answers": [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories],
-            "corpus": [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]}
-    for name, lines in rows.items():
-        aside = folder / f"{name}.new"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories]
+    corpus = [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]
+    for name, rows in (("answers", answers), ("corpus", corpus)):
+        aside = folder / f"{name}.new"  # renamed when complete
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         aside.rename(folder / f"{name}.jsonl")

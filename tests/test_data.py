@@ -726,6 +726,8 @@ def test_entropies_are_computed_once_for_the_same_inputs_and_again_for_others(to
         sets(value=99.0)
     with pytest.raises(ValueError, match="no document is longer than --min-context 900"):
         sets(min_context=900)
+    for holdout in (0, len(documents)):  # nothing held out, or everything
+        assert [bool(len(part)) for part in sets(holdout=holdout)[:2]] == [holdout == 0, holdout > 0]
 
 
 # Positions
