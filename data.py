@@ -10,16 +10,20 @@ Text is bytes from here to the reward; a tokenizer may split a character, so onl
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import tokenizers
 import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,16 +41,13 @@ CHATS = {  # by the special token that gives the family away: what stands around
     "<|im_start|>": "{system}<|im_start|>user\n\0<|im_end|>\n<|im_start|>assistant\n<think>\n",  # Qwen, SmolLM2
     "<|start_header_id|>": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n\0<|eot_id|>"
                            "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n",  # Llama 3
+    None: "{bos}\0\n<think>\n",
 }
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json",
          "chat_template.jinja")
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for 256, 257, ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+# Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as characters 256, 257, ...
+CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_OF_CHAR = dict(zip(CHARS, sorted(range(256), key=lambda byte: chr(byte) not in CHARS)))
 
 
 class Tokenizer:
@@ -55,9 +56,9 @@ class Tokenizer:
     Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special token.
     """
 
-    def __init__(self, files: dict[str, bytes], config: dict, where: str):
-        """files: those of FILES that exist. config: the model's config.json, {} if there is none."""
-        self.files = files
+    def __init__(self, files: dict[str, bytes], where: str):
+        """files: the contents of those of FILES that exist. where: the folder that an error names."""
+        self.files = {name: content for name, content in files.items() if name != "config.json"}  # that is the model's
         try:
             spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -70,64 +71,55 @@ class Tokenizer:
             vocabulary = spec["model"]["vocab"]
             if not isinstance(vocabulary, dict):
                 raise ValueError("only BPE vocabularies are supported")
+            self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
         except Exception as error:  # the Rust parser raises bare Exceptions
             raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") \
                 from None
-        settings, generation = (json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json",
-                                                                               "generation_config.json"))
         byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
-        alphabet = _byte_of_char()
-        size = 1 + max([*vocabulary.values(), *self.special.values()])
-        self._bytes = [b""] * size
         for token, id in vocabulary.items():
             if byte_level:
-                known = all(c in alphabet for c in token)
-                self._bytes[id] = bytes(alphabet[c] for c in token) if known else token.encode()
+                known = BYTE_OF_CHAR.keys() >= set(token)
+                self._bytes[id] = bytes(map(BYTE_OF_CHAR.get, token)) if known else token.encode()
             else:
                 byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-                self._bytes[id] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+                self._bytes[id] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
         for token, id in self.special.items():
             self._bytes[id] = token.encode()
-        bos = settings.get("bos_token")
-        bos = bos["content"] if isinstance(bos, dict) else bos
+        self._ids_of = defaultdict(list)
+        for id, content in enumerate(self._bytes):
+            self._ids_of[content].append(id)
+
+        settings, generation, config = (json.loads(files.get(name, b"{}")) for name in FILES[1:4])
+        bos, eos = (token["content"] if isinstance(token, dict) else token
+                    for token in (settings.get("bos_token"), settings.get("eos_token")))
         added = json.dumps(spec.get("post_processor"), ensure_ascii=False)
         wants_bos = settings.get("add_bos_token", f'"{bos}"' in added)
         self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
-        self._ids_of: dict[bytes, list[int]] = {}
-        for id, content in enumerate(self._bytes):
-            self._ids_of.setdefault(content, []).append(id)
-        self.eos_ids = self._end_tokens(settings, generation, config, where)
-        family = next((token for token in CHATS if token in self.special), None)
+        end = next((source["eos_token_id"] for source in (generation, config)
+                    if source.get("eos_token_id") is not None), self.special.get(eos))
+        if end is None:
+            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
+        self.eos_ids: list[int] = [end] if isinstance(end, int) else list(end)
         template = files.get("chat_template.jinja", b"").decode() or str(settings.get("chat_template"))
+        self._chat = self._chat_pieces(template, bos if self.bos else "")
+
+    def _chat_pieces(self, template: str, bos: str) -> list[str]:
+        """The family's chat format around \\0, with the template's system message, cut at its special tokens."""
         system = re.search(r"<\|im_start\|>system(?:\n|\\n)(?:(?!{[{%])[^'\"<])+<\|im_end\|>(?:\n|\\n)", template)
         system = re.sub(r"\\(.)", lambda c: "\n" if c[1] == "n" else c[1], system[0]) if system else ""
-        self._chat = (CHATS[family] if family else "\0\n<think>\n").replace("{system}", system)
-        pattern = "(" + ("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)") + ")"
-        self._chat = [piece for piece in re.split(pattern, self._chat) if piece]
-        self._chat_bos = self.bos if family is None else []  # elsewhere the format itself has it
-
-    def _end_tokens(self, settings: dict, generation: dict, config: dict, where: str) -> list[int]:
-        """End tokens from generation_config.json, else config.json, else the tokenizer's own."""
-        for ids in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
-        token = settings.get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token not in self.special:
-            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
-        return [self.special[token]]
+        family = next((token for token in CHATS if token in self.special), None)
+        pattern = "|".join([*map(re.escape, sorted(self.special, key=len, reverse=True)), "(?!)"])
+        return re.split(f"({pattern})", CHATS[family].replace("{system}", system).replace("{bos}", bos))
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
         """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one sentence."""
-        path = Path(path)
-        if not (path / "tokenizer.json").is_file():
+        files = {name: (Path(path) / name).read_bytes() for name in FILES if (Path(path) / name).is_file()}
+        if "tokenizer.json" not in files:
             raise FileNotFoundError(f"{path}: no tokenizer.json")
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        for name in FILES[1:3]:
-            if (path / name).is_file():
-                read_json(path / name)  # raises its own sentence
-        return cls({name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}, config, str(path))
+        for name in files.keys() & set(FILES[1:4]):
+            read_json(Path(path) / name)  # raises its own sentence
+        return cls(files, str(path))
 
     def save(self, directory: str | Path) -> None:
         """Writes the files it was read from, with its end tokens in the generation config."""
@@ -171,19 +163,16 @@ class Tokenizer:
         A context is inserted as ids where the prompt says {context}: a document's own tokens, even where it breaks
         off within a character.
         """
-        ids = list(self._chat_bos)
+        ids = []
         for piece in self._chat:
+            before, place, after = piece.replace("\0", prompt).partition("{context}")
             if piece in self.special:
                 ids.append(self.special[piece])
-                continue
-            if "\0" not in piece or context is None:
-                ids += self.encode(piece.replace("\0", prompt))
+            elif place and context is not None:
+                ids += self.encode(before) + list(context) + self.encode(after)
             else:
-                before, _, after = prompt.partition("{context}")
-                head, tail = piece.split("\0")
-                ids += self.encode(head + before) + list(context) + self.encode(after + tail)
+                ids += self.encode(before + place + after)
         return ids
-
 
     def thought_ids(self, thought: bytes) -> list[int]:
         """A thought, its end, and the opening of the answer behind it."""
@@ -217,33 +206,28 @@ def _document(row: object, id: int, where: str) -> Document:
         raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; mend the text")
-    if len(text) > MAX_LINE:
-        raise ValueError(f"{where}: document of {len(text):,} characters; split it (limit {MAX_LINE:,})")
     return Document(text, id, problem if problem and text.startswith(problem) else None, get.get("answer"))
 
 
 def _rows(file: Path) -> Iterator[tuple[object, str]]:
-    """The documents of one file as (row, place)."""
-    if file.suffix == ".txt":
-        try:
-            text = file.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-        parts = re.split(r"<\|endoftext\|>\s*?(?:\n|\Z)", text)
-        for number, part in enumerate(parts if parts[-1].strip() else parts[:-1], 1):
-            yield {"text": part}, f"{file} document {number}"
-        return
-    with open(file, "rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
-            where = f"{file} line {number}"
-            if len(line) > MAX_LINE:
+    """The documents of one file as (row, place); a line is never read beyond its limit."""
+    is_json = file.suffix == ".jsonl"
+    with open(file, "rb") as content:
+        if is_json:
+            pieces = iter(lambda: content.readline(MAX_LINE + 1), b"")
+        else:
+            pieces = re.split(rb"<\|endoftext\|>\s*?(?:\n|\Z)", content.read())
+            pieces = pieces if pieces[-1].strip() else pieces[:-1]
+        for number, piece in enumerate(pieces, 1):
+            where = f"{file} {'line' if is_json else 'document'} {number}"
+            if len(piece) > MAX_LINE:
                 raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a line, split this one")
-            if not line.strip():
-                continue
             try:
-                yield json.loads(line.decode()), where
-            except UnicodeDecodeError:
-                raise ValueError(f"{where}: not UTF-8; convert the file to UTF-8") from None
+                text = piece.decode()
+                if text.strip() or not is_json:
+                    yield json.loads(text) if is_json else {"text": text}, where
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from None
 
@@ -251,22 +235,22 @@ def _rows(file: Path) -> Iterator[tuple[object, str]]:
 def read_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
 
-    In a .txt, `<|endoftext|>` at the end of a line ends a document. Errors (ValueError, FileNotFoundError) name file
-    and line.
+    In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name file and line.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such corpus")
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
-    if path.suffix not in (".jsonl", ".txt") and not path.is_dir() or not files:
+    files = [f for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.suffix in (".jsonl", ".txt")]
+    if not files:
         raise ValueError(f"{path}: a corpus is a .jsonl or .txt file, or a folder of them")
     try:
-        rows = [(row, where) for file in files for row, where in _rows(file)]
+        rows = chain.from_iterable(map(_rows, files))
+        documents = [_document(row, id, where) for id, (row, where) in enumerate(rows)]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not rows:
+    if not documents:
         raise ValueError(f"{path}: no documents")
-    return [_document(row, id, where) for id, (row, where) in enumerate(rows)]
+    return documents
 
 
 def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tuple[list[Document], list[Document], int]:
@@ -277,21 +261,21 @@ def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tup
     """
     order = np.random.default_rng([seed, 17]).permutation(len(documents))
     held = [documents[i] for i in sorted(order[:holdout])]
-    held_shingles = [_shingles(document.text) for document in held]
-    where: dict[int, list[int]] = {}
-    for number, shingles in enumerate(held_shingles):
-        for shingle in shingles:
-            where.setdefault(shingle, []).append(number)
+    held_runs = [_word_runs(document.text) for document in held]
+    where = defaultdict(list)  # the held-out documents that a run occurs in
+    for number, runs in enumerate(held_runs):
+        for run in runs:
+            where[run].append(number)
     train = []
     for document in (documents[i] for i in sorted(order[holdout:])):
-        shingles = _shingles(document.text)
-        shared = np.bincount([number for shingle in shingles for number in where.get(shingle, ())], minlength=1)
-        if not any(n and 2 * n >= len(shingles) + len(held_shingles[number]) - n for number, n in enumerate(shared)):
+        runs = _word_runs(document.text)
+        shared = Counter(number for run in runs for number in where.get(run, ()))
+        if not any(3 * both >= len(runs) + len(held_runs[number]) for number, both in shared.items()):
             train.append(document)
     return train, held, len(documents) - len(held) - len(train)
 
 
-def _shingles(text: str, size: int = 8) -> set[int]:
+def _word_runs(text: str, size: int = 8) -> set[int]:
     words = re.findall(r"\w+", text.casefold())
     return {hash(tuple(words[i: i + size])) for i in range(max(1, len(words) - size + 1))}
 
@@ -318,63 +302,56 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
     """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
 
     Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
-    `fingerprint` so that a changed input never meets it. Runs longer than `window` are read in windows that
-    overlap by half. A finished file needs no model. With several processes each computes its share and `gather`
-    returns everyone's.
+    `fingerprint` so that a changed input never meets it. A finished file needs no model. Runs longer than `window` are
+    read in windows that overlap by half. Each process computes its share, and `gather` returns everyone's.
     """
     pieces = []  # (run, first id read, first position wanted, end)
     for run, ids in enumerate(runs):
-        pieces.append((run, 0, 0, min(len(ids), window)))
-        while pieces[-1][3] < len(ids):
-            end = min(pieces[-1][3] + window // 2, len(ids))
-            pieces.append((run, end - window, pieces[-1][3], end))
+        ends = [*range(window, len(ids), window // 2), len(ids)]
+        pieces += [(run, max(0, end - window), want, end) for want, end in zip([0, *ends], ends)]
     pieces.sort(key=lambda piece: (piece[3] - piece[1], piece))
     batches = [[]]
     for piece in pieces:
         if batches[-1] and (len(batches[-1]) + 1) * (piece[3] - piece[1]) > batch_tokens:
             batches.append([])
         batches[-1].append(piece)
-    sizes = [sum(end - want for _, _, want, end in batch) for batch in batches]
-    done = np.fromfile(file, dtype=np.float32) if file.exists() else np.zeros(0, np.float32)
-    first = int(np.searchsorted(np.cumsum(sizes), len(done), side="right"))
-    values, world = [done[: sum(sizes[:first])]], len(gather(None))
-    bos = tokenizer.bos
-    bar = tqdm(total=sum(sizes), initial=sum(sizes[:first]), unit="tok", desc="entropy", disable=rank > 0)
+    starts = np.cumsum([0, *(sum(end - want for _, _, want, end in batch) for batch in batches)])  # in the file
+    done = np.fromfile(file, np.float32) if file.exists() else np.zeros(0, np.float32)
+    first = int(np.searchsorted(starts, len(done), side="right")) - 1  # a batch that was not finished is done again
+    values, world, bos = [done[: starts[first]]], len(gather(None)), tokenizer.bos
     if rank == 0:
         values[0].tofile(file)
+    bar = tqdm(total=int(starts[-1]), initial=int(starts[first]), unit="tok", desc="entropy", disable=rank > 0)
     for step in range(first, len(batches), world):
-        mine = batches[step + rank] if step + rank < len(batches) else []
-        parts = []
-        if mine:
-            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in mine], model.head.device)
+        part = np.zeros(0, np.float32)
+        for batch in batches[step + rank:][:1]:  # the last round may have none for this process
+            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in batch], model.head.device)
             entropy = next_token_entropy(model, ids).float().cpu().numpy()
             entropy = np.pad(entropy, ((0, 0), (1 - len(bos), 0)), constant_values=np.nan)
-            parts = [entropy[i, want - begin: end - begin] for i, (_, begin, want, end) in enumerate(mine)]
-        fresh = np.concatenate([np.zeros(0, np.float32), *(part for parts in gather(parts) for part in parts)])
-        values.append(fresh.astype(np.float32))
-        bar.update(len(fresh))
+            part = np.concatenate([e[want - begin: end - begin] for e, (_, begin, want, end) in zip(entropy, batch)])
+        values.append(np.concatenate(gather(part)))
+        bar.update(len(values[-1]))
         if rank == 0:
             with open(file, "ab") as out:
                 values[-1].tofile(out)
     bar.close()
-    out, values, used = [np.full(len(ids), np.nan, np.float32) for ids in runs], np.concatenate(values), 0
-    for run, _, want, end in (piece for batch in batches for piece in batch):
-        out[run][want:end] = values[used: used + end - want]
-        used += end - want
-    return out
+    entropies = [np.empty(len(ids), np.float32) for ids in runs]
+    ends = np.cumsum([end - want for _, _, want, end in pieces])
+    for (run, _, want, end), part in zip(pieces, np.split(np.concatenate(values), ends)):
+        entropies[run][want:end] = part
+    return entropies
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for a set of inputs: files and the files of a folder by content, everything else by its text."""
+    """A short name for a set of inputs: a folder (a Path) by its files' contents, everything else by its text."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
-        files = sorted(filter(Path.is_file, part.iterdir())) if isinstance(part, Path) and part.is_dir() else [part]
-        for file in files:
-            if isinstance(file, Path):
-                with open(file, "rb") as f:
-                    digest.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
-            else:
-                digest.update(repr(file).encode() + b"\0")
+        if isinstance(part, Path):
+            for file in sorted(filter(Path.is_file, part.iterdir())):
+                with open(file, "rb") as content:
+                    digest.update(file.name.encode() + hashlib.file_digest(content, "blake2b").digest())
+        else:
+            digest.update(repr(part).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -437,32 +414,25 @@ def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: S
     `value` share. part "solution" asks only about what follows the problem. Left out: the first `min_context` tokens,
     positions without an entropy, and truths that no \\boxed{} can hold (see reward.reachable).
     """
-    places, values = [], []
+    places = []
     for number, (document, run, entropy) in enumerate(zip(documents, ids, entropies)):
         begin = max(min_context, 1)
         if part == "solution" and document.problem:
             solution = document.text[len(document.problem):].lstrip().encode()
             ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in run])
             begin = max(begin, int(np.searchsorted(ends, ends[-1] - len(solution))) + 1)
-        positions = np.arange(begin, len(run))
-        positions = positions[np.isfinite(entropy[begin:])]
-        places.append(np.stack([np.full(len(positions), number), positions], axis=1))
-        values.append(entropy[positions])
-    places, values = np.concatenate(places).astype(np.int64), np.concatenate(values)
+        places += [(number, position) for position in range(begin, len(run)) if math.isfinite(entropy[position])]
+    values = np.array([entropies[number][position] for number, position in places], dtype=np.float32)
     if selector == "threshold":
         keep = values > value
     elif selector == "top":
         keep = np.argsort(np.argsort(-values, kind="stable")) < value * len(values)
     else:
         keep = np.random.default_rng([seed, 5]).random(len(values)) < value
+    places = np.array(places, dtype=np.int64).reshape(-1, 2)
     chosen = QuestionSet(tokenizer, ids, documents, places[keep], values[keep])
-    keep = np.array([_reachable(tokenizer, ids[d][p: p + TRUTH_TOKENS]) for d, p in chosen.places], dtype=bool)
-    return QuestionSet(tokenizer, ids, documents, chosen.places[keep], chosen.entropy[keep])
-
-
-def _reachable(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    truth = [tokenizer.token_bytes(id) for id in ids]
-    return b"{" not in truth[0] and b"}" not in truth[0] and b"\\" not in truth[0] or reachable(truth)
+    keep = np.array([reachable(question.truth) for question in chosen], dtype=bool)
+    return replace(chosen, places=chosen.places[keep], entropy=chosen.entropy[keep])
 
 
 def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: str | Path, cache: Path, *, holdout: int,
@@ -482,25 +452,22 @@ def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: st
     cache.mkdir(parents=True, exist_ok=True)
     inputs = fingerprint(proxy, tokenizer.files["tokenizer.json"], tokenizer.bos, window, dtype, *texts)
     file = cache / f"entropy-{inputs}.f32"
+    model = None
     if not file.exists() or file.stat().st_size < 4 * sum(map(len, ids)):
         model = load_pretrained(proxy, device, dtype)
         check_vocabulary(tokenizer, model.config.vocab_size, proxy)
-    else:
-        model = None
-    entropies = entropy_pass(model, tokenizer, ids, file, window, rank=rank, gather=gather)
-    split, sets = len(train), []
-    for part_of, how in ((slice(split), (selector, value)), (slice(split, None), ("threshold", 0.5))):
-        sets.append(select_positions(tokenizer, (*train, *held)[part_of], ids[part_of], entropies[part_of], *how,
-                                     min_context=min_context, part=part, seed=seed))
-    counts = [sum(int((e > t).sum()) for e in entropies[:split]) for t in (0.5, 1.0, 1.5)]
-    total = sum(len(run) for run in ids[:split])
+    entropies, split = entropy_pass(model, tokenizer, ids, file, window, rank=rank, gather=gather), len(train)
+    asked = select_positions(tokenizer, train, ids[:split], entropies[:split], selector, value, min_context, part, seed)
+    asked_held = select_positions(tokenizer, held, ids[split:], entropies[split:], "threshold", 0.5, min_context, part)
+    found = np.concatenate([[], *entropies[:split]])
+    easy, medium, hard = (int((found > threshold).sum()) for threshold in (0.5, 1.0, 1.5))
     table = (f"documents: {len(train):,} to train on, {len(held):,} held out, {dropped:,} near-duplicates dropped\n"
-             f"positions: {total:,}; entropy above 0.5: {counts[0]:,}, 1.0: {counts[1]:,}, 1.5: {counts[2]:,} nats\n"
-             f"questions: {len(sets[0]):,} by {selector} {value:g} in {part}; held out {len(sets[1]):,}")
-    if not len(sets[0]):
+             f"positions: {len(found):,}; entropy above 0.5: {easy:,}, 1.0: {medium:,}, 1.5: {hard:,} nats\n"
+             f"questions: {len(asked):,} by {selector} {value:g} in {part}; held out {len(asked_held):,}")
+    if train and not len(asked):
         raise ValueError(f"no position is left to ask about: selector {selector} {value:g}, {part} of "
                          f"{len(train)} documents, --min-context {min_context}\n{table}")
-    return sets[0], sets[1], table
+    return asked, asked_held, table
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
@@ -511,26 +478,25 @@ def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
 
 # ---------------------------------------------------------------------------------------------- templates
 
-_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
-_TASK = "Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. "
-_STEPS = "Please reason step by step to find the most probable next token"
-_FINAL = _STEPS + " as the final {}, and enclose it in \\boxed{{}} "
+_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. Please reason "
+        "step by step to find the most probable next token{}, and enclose it in \\boxed{{}} ")
 _LIST = "by predicting the next token, list multiple potential tokens and select the most probable one as the final "
+_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
+_FENCED = ".\n\n### Context\n```{context}```"
 TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are ours
-    "v0": _TASK.format("‘### Context’") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n{context}",
-    "v1": _TASK.format("### Context") + _FINAL.format("prediction") + _NOTE + ".\n\n### Context\n```{context}```.",
-    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please complete "
-          + _TASK.format("### Context").removeprefix("Complete ") + _STEPS + ", and enclose it in \\boxed{} "
-          + _NOTE.replace("{ =}", "{ +=}") + ".\n\n### Context\n```{context}```.",
+    "v0": _ASK.format("‘### Context’", " as the final answer") + _NOTE + ".\n\n### Context\n{context}",
+    "v1": _ASK.format("### Context", " as the final prediction") + _NOTE + _FENCED + ".",
+    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please c"
+          + _ASK.format("### Context", "")[1:] + _NOTE.replace("{ =}", "{ +=}") + _FENCED + ".",
     "v3": "Complete the given text under ### Context " + _LIST + "answer. Wrap your final answer in \\boxed{} " + _NOTE
-          + ".\n\n### Context\n```{context}```",
+          + _FENCED,
     "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the "
           "token in \\boxed{} " + _NOTE + ".\n\n"
           "Example 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
           "Example 2. ### Context ```The square of 7 is 4``` The next token is \\boxed{9}.\n"
           "Example 3. ### Context ```The steps are``` The next token is \\boxed{:\n}.\n\n"
           "Now, the context is: ### Context ```{context}```.",
-    "v5": _TASK.format("### Context") + _FINAL.format("answer") + _NOTE + ".\n\n### Context\n```{context}```",
+    "v5": _ASK.format("### Context", " as the final answer") + _NOTE + _FENCED,
     "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in "
           "\\boxed{} " + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
     "toy": "Next token?\n{context}",
@@ -602,51 +568,46 @@ def toy_tokenizer() -> Tokenizer:
     """Byte-level BPE with Qwen's splitting, trained on stories, thoughts and the prompt template."""
     texts = [text for story in toy_stories(2000, seed=1) for text in (story.text, story.chain())]
     texts += [TEMPLATES["toy"], "user\n", "assistant\n", "<think>\n", "</think>\n\n\\boxed{ A}", TOY_QUESTION] * 200
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.normalizer = tokenizers.normalizers.NFC()
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=512, min_frequency=100, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=512, min_frequency=100, initial_alphabet=CHARS, show_progress=False))
     bpe.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in SYSTEM_TOKENS[:3]])
     bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in SYSTEM_TOKENS[3:]])
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-    return Tokenizer(files, {}, "toy")
+    return Tokenizer(files, "toy")
 
 
 def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:
     """What the toy's weak base model is pre-trained on, one run of token ids per story.
 
     35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 %
-    next-token questions answered by a weak annotator: 90 % bare guesses of any cup, 7 % thoughts that stop early, 3 %
-    right.
+    next-token questions answered by a weak annotator: 90 % guess any cup, 7 % stop thinking early, 3 % are right.
     """
-    random, runs, end = Random(f"annotator {seed}"), [], tokenizer.eos_ids
+    random, runs = Random(f"annotator {seed}"), []
     for story in stories:
-        kind, effort = random.random(), random.random()
+        kind, effort, steps = random.random(), random.random(), len(story.swaps)
         if kind < 0.35:
-            runs.append(tokenizer.encode(story.text) + end)
+            runs.append(tokenizer.encode(story.text) + tokenizer.eos_ids)
             continue
-        steps = len(story.swaps)
         if kind < 0.7:
-            options = "".join(f"\n({cup}) {cup}" for cup in story.cups) if effort < 0.3 else ""  # multiple choice
+            options = "".join(f"\n({cup}) {cup}" for cup in story.cups) if effort < 0.3 else ""
             prompt, space = tokenizer.chat(f"{story.problem}{TOY_QUESTION}{options}"), ""
         else:
-            context = tokenizer.encode(story.text[:-3])
-            prompt, space = tokenizer.chat(TEMPLATES["toy"], context), " "
-            if effort < 0.9:
-                steps = -1
-            elif effort < 0.97:
+            prompt, space = tokenizer.chat(TEMPLATES["toy"], tokenizer.encode(story.text[:-3])), " "
+            if 0.9 <= effort < 0.97:
                 steps = random.randrange(steps)
-        thought = story.chain(steps) + "\n" if steps >= 0 else ""
-        guess = story.ball[steps] if steps >= 0 else random.choice(CUPS)
-        answer = f"\n\n\\boxed{{{space}{guess}}}"
-        thought_ids = tokenizer.encode(thought) + [tokenizer.special["</think>"]]
-        runs.append(prompt + thought_ids + tokenizer.encode(answer) + end)
+        thought, cup = f"{story.chain(steps)}\n", story.ball[steps]
+        if kind >= 0.7 and effort < 0.9:
+            thought, cup = "", random.choice(CUPS)
+        answer = f"\n\n\\boxed{{{space}{cup}}}"
+        runs.append([*prompt, *tokenizer.encode(thought), tokenizer.special["</think>"], *tokenizer.encode(answer),
+                     *tokenizer.eos_ids])
     return runs
 
 
@@ -654,9 +615,9 @@ def write_toy(folder: Path, seed: int, count: int = 4500) -> None:
     """corpus.jsonl (problem, solution) and answers.jsonl (problem, answer) of the toy world."""
     folder.mkdir(parents=True, exist_ok=True)
     stories = toy_stories(count, 1000 + seed)
-    rows = {"answers": [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories],
-            "corpus": [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]}
-    for name, lines in rows.items():
-        aside = folder / f"{name}.new"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories]
+    corpus = [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]
+    for name, rows in (("answers", answers), ("corpus", corpus)):
+        aside = folder / f"{name}.new"  # renamed when complete
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         aside.rename(folder / f"{name}.jsonl")

@@ -14,19 +14,20 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
 
 import numpy as np
 import torch
 
-from data import Question, Tokenizer, prompt_ids, question_sets, read_corpus
-from model import DTYPES, Transformer, load_pretrained, resolve
+from data import TEMPLATES, Question, Tokenizer, prompt_ids, question_sets, read_corpus
+from model import DTYPES, Transformer, load_pretrained, read_json, resolve
 from reward import answer_match, extract_prediction, prefix_match
 from rpt import Group, Method, all_gather, completion_logprobs, rank_and_world, unsharded
 from sampler import Completion, generate, pad
 
+OUR_OWN = ("questions", "device", "out")  # options that do not mean here what they mean to train.py
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
 
 # ---- measurements
@@ -64,18 +65,16 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Quest
 
     Every process calls it and gets all records. Responses are sampled at the method's temperature.
     """
-    (rank, world), records = rank_and_world(), []
-    mine = range(rank, len(questions), world)
+    rank, world = rank_and_world()
+    mine, records = list(enumerate(questions))[rank::world], []
     with unsharded(model):
-        standard = standard_predictions(model, tokenizer, [questions[n] for n in mine], method.max_prompt)
-        prompts = [prompt_ids(tokenizer, questions[n], method.template, method.max_prompt) for n in mine]
+        standard = standard_predictions(model, tokenizer, [question for _, question in mine], method.max_prompt)
+        prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in mine]
         groups = generate(model, prompts, samples=samples, max_new_tokens=method.max_response,
                           temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed,
-                          keys=[1 << 60 | n for n in mine],
-                          max_rows=method.max_rows, cache_tokens=method.cache_tokens or None,
-                          progress=progress and rank == 0)
-    for n, token, group in zip(mine, standard, groups):
-        question = questions[n]
+                          keys=[1 << 60 | n for n, _ in mine], max_rows=method.max_rows,
+                          cache_tokens=method.cache_tokens or None, progress=progress and rank == 0)
+    for (n, question), token, group in zip(mine, standard, groups):
         said = [extract_prediction(tokenizer.bytes_of(c.ids[:-1])) if c.finished else None for c in group]
         records.append({
             "question": n, "document": question.document, "entropy": question.entropy,
@@ -142,8 +141,7 @@ def summary(records: Sequence[dict]) -> dict:
     for split, threshold in SPLITS.items():
         chosen = [record for record in records if record["entropy"] > threshold]
         samples = len(chosen[0]["reasoning"]) if chosen else 1
-        measures = {"standard": [r["standard"] for r in chosen], "reasoning": [np.mean(r["reasoning"]) for r in chosen],
-                    "parsed": [np.mean(r["parsed"]) for r in chosen], "length": [np.mean(r["length"]) for r in chosen]}
+        measures = {name: [np.mean(r[name]) for r in chosen] for name in ("standard", "reasoning", "parsed", "length")}
         if samples > 1:
             measures["majority vote"] = [r["vote"] for r in chosen]
             measures[f"pass@{samples}"] = [pass_at_k(int(sum(r["reasoning"])), samples, samples) for r in chosen]
@@ -178,59 +176,51 @@ def growth(metrics: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """The command line. What a run's run.json says stands in for the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
-    for name, kind, default, text in (
-            ("corpus", str, None, ".jsonl, .txt or folder; a run's own by default"), ("proxy", str, None,
-             "model whose entropy makes the splits; by default the run's, else the model itself"),
-            ("samples", int, 1, "responses to each question; above 1 also pass@k and majority vote"),
-            ("questions", int, 500, "held-out questions"), ("holdout", int, 200, "documents to ask about"),
-            ("template", str, None, "prompt template"), ("temperature", float, None, "of the responses"),
-            ("max-prompt", int, None, "tokens"), ("max-response", int, None, "tokens"),
-            ("seed", int, None, "of everything"),
-            ("min-context", int, None, "tokens before a question"), ("part", str, None, "all, or solution"),
-            ("dtype", str, None, "of the computation"), ("device", str, "cpu", "cpu or cuda"),
-            ("out", str, None, "file for the records, one JSON object a line"),
-            ("cache", str, None, "folder for entropies; by default the run's, else runs/cache")):
-        parser.add_argument("--" + name, type=kind, default=default, help=f"{text} ({default})")
-    args = parser.parse_args(argv)
+    for name, default, text, *choices in (
+            ("corpus", "", ".jsonl, .txt or folder"),
+            ("proxy", "", "model whose entropy makes the splits; by default the model itself"),
+            ("template", "v0", "prompt template", TEMPLATES), ("temperature", 0.8, "of the responses"),
+            ("max-prompt", 4096, "tokens"), ("max-response", 8192, "tokens"), ("seed", 0, "of everything"),
+            ("min-context", 1, "tokens before a question"), ("part", "all", "where to ask", ("all", "solution")),
+            ("dtype", "float32", "of the computation", DTYPES), ("holdout", 200, "documents to ask about"),
+            ("questions", 500, "held-out questions"), ("device", "cpu", "cpu or cuda"),
+            ("samples", 1, "responses to each question; above 1 also pass@k and majority vote"),
+            ("out", "", "file for the records, one JSON object a line"),
+            ("cache", "", "folder for entropies; by default the run's, else runs/cache")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices[0] if choices else None,
+                            help=f"{text} ({default})" if default != "" else text)
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
+    folder = Path(parser.parse_args(argv).directory)
     try:
-        print(report(args))
+        run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+        parser.set_defaults(**{k: v for k, v in run.items() if k not in OUR_OWN})
+        print(report(parser.parse_args(argv), run))
     except (ValueError, FileNotFoundError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def report(args: argparse.Namespace) -> str:
-    """Evaluates as the command line says; the table as text."""
-    place, settings = Path(args.directory), {}
-    if (place / "run.json").is_file():
-        settings = json.loads((place / "run.json").read_text())
-        place = place / "model"
-    fixed = {"corpus": "", "proxy": "", "model": str(place), "template": "v0", "temperature": 0.8, "max_prompt": 4096,
-             "max_response": 8192, "seed": 0, "min_context": 1, "part": "all", "dtype": "float32",
-             "holdout": args.holdout}
-    chosen = fixed | {k: v for k, v in settings.items() if k in fixed} | {
-        k: v for k, v in vars(args).items() if k in fixed and v is not None and k != "holdout"}
-    if not chosen["corpus"]:
+def report(args: argparse.Namespace, run: dict) -> str:
+    """Evaluates as the command line says; the table as text. run: the settings in run.json, {} for a model."""
+    if not args.corpus:
         raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
-    source, device, dtype = resolve(place), torch.device(args.device), DTYPES[chosen["dtype"]]
-    cache = Path(args.cache or (Path(args.directory) / "cache" if settings else "runs/cache"))
+    folder, device, dtype = Path(args.directory), torch.device(args.device), DTYPES[args.dtype]
+    source = resolve(folder / "model" if run else folder)
     tokenizer = Tokenizer.from_dir(source)
     _, held, _ = question_sets(
-        tokenizer, read_corpus(chosen["corpus"]), chosen["proxy"] or chosen["model"], cache, holdout=chosen["holdout"],
-        selector="threshold", value=0.5, min_context=chosen["min_context"], part=chosen["part"],
-        seed=chosen["seed"], window=chosen["max_prompt"], device=device, dtype=dtype)
-    method = Method(template=chosen["template"], temperature=chosen["temperature"], max_prompt=chosen["max_prompt"],
-                    max_response=chosen["max_response"])
-    questions = subset(held, args.questions, chosen["seed"])
-    model = load_pretrained(source, device, dtype)
-    records = evaluate(model, tokenizer, questions, method, args.samples, chosen["seed"], progress=True)
+        tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
+        Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
+        holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
+        min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
+    method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
+    records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, args.seed),
+                       method, args.samples, args.seed, progress=True)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return table({place.name if not settings else Path(args.directory).name: records})
+    return table({folder.name: records})
 
 
 # ---- statistics
@@ -262,16 +252,15 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: 
     values = np.asarray(values, dtype=np.float64)
     if len(values) != len(clusters):
         raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels; give one label for each value.")
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
     _, member = np.unique(np.asarray(clusters), return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [K], [K]
-    if len(counts) == 1:
-        return float(values.mean()), math.nan, math.nan
+    mean = float(values.mean()) if len(values) else math.nan
+    if len(counts) < 2:
+        return mean, math.nan, math.nan
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=resamples)  # [resamples, K]
     low, high = np.quantile((draws @ sums) / (draws @ counts), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[int], level: float = LEVEL,
@@ -307,8 +296,8 @@ def fit_power_law(compute: Sequence[float], accuracy: Sequence[float]) -> tuple[
     fewer than 4 points, a compute that is not positive, a value that is not finite, or nothing that varies.
     """
     log_compute, accuracy = _check_points(compute, accuracy)
-    (A,), (alpha,), (P_star,), fitted = _fit_rows(log_compute, accuracy[None])
-    r2 = 1 - ((accuracy - fitted[0]) ** 2).sum() / ((accuracy - accuracy.mean()) ** 2).sum()
+    (A,), (alpha,), (P_star,), (fitted,) = _fit_rows(log_compute, accuracy[None])
+    r2 = 1 - ((accuracy - fitted) ** 2).sum() / ((accuracy - accuracy.mean()) ** 2).sum()
     return float(A), float(alpha), float(P_star), float(r2)
 
 
@@ -337,7 +326,7 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
     """
     shares = {}
     for group, keywords in PATTERNS.items():
-        words = "|".join(r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords)
+        words = "|".join(map(re.escape, keywords)).replace("\\ ", r"\s+")
         # Not \b: behind the dot of "etc." it would ask for a letter.
         pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
         hits = [pattern.search(response) is not None for response in responses]
@@ -366,29 +355,31 @@ def _fit_rows(log_compute: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np
     alpha goes to 0. C is in units of the smallest compute, so no power overflows. That leaves one search, over alpha.
     """
     shifted = log_compute - log_compute.min()  # [N], >= 0
-    mean = rows.mean(axis=1, keepdims=True)
+    mean = rows.mean(axis=1, keepdims=True)  # [R, 1]
 
-    def line(log_alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slope [R], intercept [R] and fitted values [R, N] at alpha [R]."""
-        basis = np.expm1(-np.exp(log_alpha)[:, None] * shifted) / np.exp(log_alpha)[:, None]  # [R, N]
+    def line(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slope [R, 1], intercept [R, 1] and fitted values [R, N] at alpha [R, 1]."""
+        basis = np.expm1(-alpha * shifted) / alpha  # [R, N]
         middle = basis.mean(axis=1, keepdims=True)
         slope = ((basis - middle) * (rows - mean)).sum(1, keepdims=True) / ((basis - middle) ** 2).sum(1, keepdims=True)
-        return slope[:, 0], (mean - slope * middle)[:, 0], mean + slope * (basis - middle)
+        return slope, mean - slope * middle, mean + slope * (basis - middle)
 
-    def error(log_alpha: np.ndarray) -> np.ndarray:
-        return ((rows - line(log_alpha)[-1]) ** 2).sum(axis=1)  # [R]; from residuals, as a difference would cancel
+    def error(log_alpha: np.ndarray) -> np.ndarray:  # [R, 1]; from residuals, as a difference would cancel
+        return ((rows - line(np.exp(log_alpha))[-1]) ** 2).sum(axis=1, keepdims=True)
 
     grid = np.linspace(*np.log(ALPHA_RANGE), 150)
-    best = np.argmin([error(np.full(len(rows), point)) for point in grid], axis=0)  # [R]
+    best = np.argmin([error(np.full_like(mean, point)) for point in grid], axis=0)  # [R, 1]
     low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
     golden = (math.sqrt(5) - 1) / 2
     for _ in range(50):  # the bracket ends 0.12 * golden^50 = 4e-12 wide, relative to alpha
         left, right = high - golden * (high - low), low + golden * (high - low)
         keep_left = error(left) < error(right)
         low, high = np.where(keep_left, low, left), np.where(keep_left, right, high)
-    slope, intercept, fitted = line((low + high) / 2)
     alpha = np.exp((low + high) / 2)
-    return slope / alpha * np.exp(alpha * log_compute.min()), alpha, intercept - slope / alpha, fitted
+    slope, intercept, fitted = line(alpha)
+    A, P_star = slope / alpha * np.exp(alpha * log_compute.min()), intercept - slope / alpha
+    return A[:, 0], alpha[:, 0], P_star[:, 0], fitted
+
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny
 
 import eval as evaluation
-from data import Tokenizer, prompt_ids, toy_stories
+from data import Tokenizer, prompt_ids, read_corpus, split_holdout, toy_stories
 from eval import SPLITS, Choice, evaluate, multiple_choice, option_likelihoods, summary
 from model import load_pretrained
 from reward import extract_prediction, prefix_match
@@ -92,10 +92,24 @@ def test_the_command_measures_a_model_on_a_corpus(toy, tmp_path, capsys):
     assert "model, standard" in said and "model, majority vote" in said and "model, pass@2" in said
 
 
+def test_a_run_is_measured_on_its_own_held_out_documents_whatever_the_seed(toy, tmp_path):
+    (tmp_path / "model").symlink_to(toy / "base" / "model")
+    (tmp_path / "run.json").write_text(json.dumps({
+        "corpus": str(toy / "corpus.jsonl"), "holdout": 25, "seed": 3, "part": "solution", "template": "toy",
+        "max_response": 2, "questions": 4, "device": "cuda", "out": "elsewhere"}))
+    held = {document.id for document in split_holdout(read_corpus(toy / "corpus.jsonl"), 25, 3)[1]}
+    for seed in ("3", "4"):
+        evaluation.main([str(tmp_path), "--seed", seed, "--out", str(tmp_path / "records.jsonl")])
+        records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+        assert len(records) > 4 and {record["document"] for record in records} <= held
+
+
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
     for arguments, words in ((["nowhere/at/all"], "--corpus is missing"),
                              (["nowhere/at/all", "--corpus", str(toy / "corpus.jsonl")], "no such model directory"),
-                             ([str(toy / "base" / "model"), "--corpus", str(tmp_path / "none")], "no such corpus")):
+                             ([str(toy / "base" / "model"), "--corpus", str(tmp_path / "none")], "no such corpus"),
+                             ([str(toy / "base" / "model"), "--dtype", "int4"], "choose from"),
+                             ([str(toy / "base" / "model"), "--template", "v9"], "choose from")):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
