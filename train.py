@@ -136,8 +136,6 @@ def check(run: Run, method: Method) -> str | None:
     """What is wrong with the arguments, in one sentence, or None."""
     if method.group_size < 2:
         return f"--group-size {method.group_size}: a group needs at least 2 responses to compare"
-    if method.template not in data.TEMPLATES:
-        return f"--template {method.template}: one of {', '.join(data.TEMPLATES)}"
     for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps",
                  "save_every", "keep", "holdout", "min_context", "eval_questions"):
         value = getattr(method, name, None) or getattr(run, name, 0)
