@@ -219,15 +219,6 @@ def token_weights(length: int, normalize: str, tokens: int, sequences: int, max_
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def all_sum(values: Sequence[float], device: torch.device, op: str = "SUM") -> list[float]:
-    """Element-wise sum (or MAX) over all processes, in float64."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
-    return tensor.tolist()
-
-
 def all_gather(value: object) -> list:
     """A small object of every process, in the order of their ranks."""
     if not dist.is_initialized():
@@ -235,6 +226,11 @@ def all_gather(value: object) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_sum(*values: float) -> list[float]:
+    """The sum over all processes of each value, in float64."""
+    return [float(sum(column)) for column in zip(*all_gather(values))]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -246,7 +242,7 @@ def rank_and_world() -> tuple[int, int]:
 def unsharded(*models: Transformer) -> Iterator[None]:
     """Holds the whole weights on every process, so that decoding needs no collective and may differ in length.
 
-    Without gradients: `no_grad`, because tensors of inference mode would poison the next training step.
+    `no_grad`, because tensors of inference mode would poison the next training step.
     """
     shards = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
@@ -264,11 +260,6 @@ def unsharded(*models: Transformer) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- rollout and update
 
 
-def question_key(step: int, number: tuple[int, int]) -> int:
-    """Names a question of a run; with the seed it decides the randomness of its responses."""
-    return step << 40 | number[0] << 32 | number[1]
-
-
 def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[tuple[int, int], Question]],
             method: Method, reward: Callable, seed: int, step: int, timing: dict | None = None,
             average: Transformer | None = None) -> list[Group]:
@@ -277,7 +268,7 @@ def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[
     An unfinished response is given to the reward as b"": what was not said in time earns nothing.
     """
     prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in questions]
-    keys = [question_key(step, number) for number, _ in questions]
+    keys = [step << 40 | draw << 32 | index for (draw, index), _ in questions]  # with the seed all of the randomness
     completions = generate(
         model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
         eos_ids=tokenizer.eos_ids, seed=seed, keys=keys, max_rows=method.max_rows,
@@ -387,18 +378,17 @@ def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
     pass gathers shards from all. If the loss or the gradient is not finite, the weights stay as they were, and all
     that is returned is skipped 1: the sums are the same everywhere, so all processes decide alike.
     """
-    device = model.head.device
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    most = all_sum([len(batches) for _, batches, _ in work], device, "MAX")  # agreed on before anyone begins
+    counts = all_gather([len(batches) for _, batches, _ in work])  # agreed on before anyone begins
     parts = []
-    for (one_pass, batches, idle), count in zip(work, most):
+    for (one_pass, batches, idle), most in zip(work, map(max, zip(*counts))):
         parts += [one_pass(batch) for batch in batches]
-        for _ in range(len(batches), int(count)):
+        for _ in range(len(batches), most):
             one_pass(idle)
     keys = ("loss", "entropy", "logprob_diff", "trained_tokens")
-    loss, entropy, off, trained = all_sum([sum(part.get(key, 0.0) for part in parts) for key in keys], device)
-    largest = all_sum([max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)], device, "MAX")[0]
+    loss, entropy, off, trained = all_sum(*(sum(part.get(key, 0.0) for part in parts) for key in keys))
+    largest = max(all_gather(max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss + norm):
@@ -419,17 +409,17 @@ def update(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], grou
 
     A step without any informative group, or with a non-finite number (skipped 1), leaves the weights as they are.
     """
-    device, mine = model.head.device, [group for group in groups if group.informative]
+    mine = [group for group in groups if group.informative]
     completions = [c for group in groups for c in group.completions]
     tokens, sequences, informative, broken = all_sum(
-        [sum(len(c.ids) for c in completions), len(completions), len(mine),
-         sum(not math.isfinite(sum(c.logprobs)) for c in completions)], device)
+        sum(len(c.ids) for c in completions), len(completions), len(mine),
+        sum(not math.isfinite(sum(c.logprobs)) for c in completions))
     work = [(lambda batch: _policy_pass(model, batch, method, tokens, sequences),
              micro_batches(mine, method.micro_tokens), [(IDLE, [0])])]
     if method.ntp_weight:  # RMT: the tokens that no question is about are still learned by prediction
         runs = [group.question.context for group in groups if len(group.question.context) > 1]
-        total = all_sum([sum(len(run) - 1 for run in runs)], device)[0]
-        work.append(_ntp_work(model, runs, method, method.ntp_weight / max(total, 1)))
+        total = max(1, *all_sum(sum(len(run) - 1 for run in runs)))
+        work.append(_ntp_work(model, runs, method, method.ntp_weight / total))
     out = {"skipped": float(broken > 0)}
     for _ in range(method.updates if informative or method.ntp_weight else 0):
         if not out["skipped"]:
@@ -461,7 +451,7 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
     informative groups and draws again until the batch is full or `max_refills` is reached. `average` is an older copy
     of the policy for reward `gain`, which follows it.
     """
-    (rank, world), device, begin = rank_and_world(), model.head.device, time.perf_counter()
+    (rank, world), begin = rank_and_world(), time.perf_counter()
     dynamic = 0 <= method.dynamic_from <= step
     groups, timing, drawn, flops = [], Counter(), 0, 0.0
     with unsharded(*filter(None, (model, average))):
@@ -485,11 +475,10 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
             for mean, now in zip(average.parameters(), model.parameters()):
                 mean.lerp_(now, 1 - method.average_decay)
     flops += 3 * method.updates * groups_flops(model, [group for group in groups if group.informative])
-    prefilled, decoded, flops = all_sum([timing["prefill_tokens"], timing["decode_tokens"], flops], device)
-    prefill, decode, acting, learning = all_sum([
-        timing["prefill_seconds"], timing["decode_seconds"], sampled - begin, time.perf_counter() - sampled],
-        device, "MAX")
-    return groups, rollout_metrics(groups, device) | trained | {
+    prefilled, decoded, flops = all_sum(timing["prefill_tokens"], timing["decode_tokens"], flops)
+    seconds = timing["prefill_seconds"], timing["decode_seconds"], sampled - begin, time.perf_counter() - sampled
+    prefill, decode, acting, learning = map(max, zip(*all_gather(seconds)))  # of the slowest process
+    return groups, rollout_metrics(groups) | trained | {
         "drawn": drawn, "prefill_tokens": prefilled, "decode_tokens": decoded, "flops": flops, "time": {
             "seconds": acting + learning, "rollout": acting, "prefill": prefill, "decode": decode, "train": learning,
             "prefill_tokens_per_s": prefilled / max(prefill, 1e-9), "decode_tokens_per_s": decoded / max(decode, 1e-9),
@@ -503,17 +492,17 @@ def groups_flops(model: Transformer, groups: Sequence[Group]) -> float:
                for prompt, n, size in sizes)
 
 
-def rollout_metrics(groups: Sequence[Group], device: torch.device) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all processes' groups: what the policy said and earned."""
     completions = [c for group in groups for c in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
-    n_groups, n, earned, right, tokens, parsed, cut, solved, all_right = all_sum([
-        len(groups), len(rewards), sum(rewards), sum(reward >= 1 for reward in rewards),
-        sum(len(c.ids) for c in completions),
+    lengths = [len(c.ids) for c in completions]
+    n_groups, n, earned, right, tokens, parsed, cut, solved, all_right = all_sum(
+        len(groups), len(rewards), sum(rewards), sum(reward >= 1 for reward in rewards), sum(lengths),
         sum(extract_prediction(r) is not None for group in groups for r in group.responses),
         sum(not c.finished for c in completions),
-        sum(max(group.rewards) >= 1 for group in groups), sum(min(group.rewards) >= 1 for group in groups)], device)
-    longest = all_sum([max((len(c.ids) for c in completions), default=0)], device, "MAX")[0]
+        sum(max(group.rewards) >= 1 for group in groups), sum(min(group.rewards) >= 1 for group in groups))
+    longest = float(max(all_gather(max(lengths, default=0))))
     per_response, per_group = max(n, 1), max(n_groups, 1)
     return {"reward": earned / per_response, "accuracy": right / per_response, "parsed": parsed / per_response,
             "truncated": cut / per_response, "length": tokens / per_response, "length_max": longest,

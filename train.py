@@ -39,7 +39,7 @@ import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
 from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
 from reward import REWARDS, extract_prediction
-from rpt import HEAD_CHUNK, Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
+from rpt import HEAD_CHUNK, Group, Method, all_gather, ntp_step, option, rank_and_world, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
 
@@ -443,7 +443,7 @@ def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, fo
         speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
         bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
                         | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)
-        stopping = int(all_sum([stop.signal], model.head.device, "MAX")[0])
+        stopping = max(all_gather(stop.signal))
         if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
             folder.save(step + 1, model, optimizers, strikes, average)
         if stopping:
