@@ -136,8 +136,8 @@ class Policy:
 def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     """rewards [Q, G] -> advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), std unbiased, or A = R - mean.
 
-    A group of equal rewards is exactly zero, tested on the rewards: R - mean is not always 0 in floating point,
-    and dividing that noise by a standard deviation as small would make an advantage of order one of it.
+    A group of equal rewards is exactly zero, tested on the rewards: R - mean is not always 0 in floating point, and
+    divided by a standard deviation as small it is of order one. ValueError for groups of one.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 responses to compare, rewards are {list(rewards.shape)}")

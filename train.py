@@ -132,21 +132,18 @@ def parse(argv: list[str] | None = None) -> tuple[Run, Method, Plan]:
 
 def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, in one sentence, or None."""
-    if args.group_size < 2:
-        return f"--group-size {args.group_size}: a group needs at least 2 responses to compare"
     for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps",
                  "save_every", "keep", "holdout", "min_context", "eval_questions"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
-    if args.seed < 0:
-        return f"--seed {args.seed}: must not be negative"
-    if not args.temperature > 0:
-        return f"--temperature {args.temperature}: must be above 0, a greedy policy has no gradient"
-    if not args.model and (args.recipe != "toy" or args.stage != "rpt" or args.corpus):
-        return "--model is missing: a model directory or hub id"
-    if args.model and not args.corpus and not args.plan:
-        return "--corpus is missing: a .jsonl or .txt file, or a folder of them"
-    return None
+    laws = {
+        f"--group-size {args.group_size}: a group needs at least 2 responses to compare": args.group_size >= 2,
+        f"--seed {args.seed}: must not be negative": args.seed >= 0,
+        f"--temperature {args.temperature}: must be above 0, a greedy policy has no gradient": args.temperature > 0,
+        "--model is missing: a model directory or hub id":
+            args.model or (args.recipe == "toy" and args.stage == "rpt" and not args.corpus),
+        "--corpus is missing: a .jsonl or .txt file, or a folder of them": not args.model or args.corpus or args.plan}
+    return next((sentence for sentence, kept in laws.items() if not kept), None)
 
 
 # ---------------------------------------------------------------------------------------------- processes and shards
@@ -358,35 +355,33 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-class Stop:
-    """Turns a first SIGTERM or SIGINT into a request to stop after the step; a second one acts at once."""
+def stop_requests() -> list[int]:
+    """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step; a second one acts at once."""
+    requests: list[int] = []
 
-    def __init__(self):
-        self.signal = 0
-        self._handle(self._note)
+    def note(number: int, frame) -> None:
+        requests.append(number)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
 
-    def _handle(self, handler) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        self.signal = number
-        self._handle(signal.SIG_DFL)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, note)
+    return requests
 
 
 # ---------------------------------------------------------------------------------------------- stages
 
 
-def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer) -> list[dict]:
-    """What rollouts.jsonl says about a step, one row per response, of all processes."""
+def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer, limit: int) -> list[dict]:
+    """What rollouts.jsonl says about a step, one row per response, of all processes; `limit`: see log_questions."""
     text = lambda content: None if content is None else content.decode(errors="backslashreplace")  # noqa: E731
     rows = [{"step": step, "question": list(g.number), "document": q.document, "position": q.position,
              "entropy": q.entropy if math.isfinite(q.entropy) else None,
              "context": text(tokenizer.bytes_of(q.context[-48:])), "truth": text(b"".join(q.truth[:4])),
              "response": text(response), "reward": reward, "prediction": text(extract_prediction(response)),
              "advantage": advantage, "finished": c.finished, "tokens": len(c.ids)}
-            for g in groups for q in [g.question] for response, reward, advantage, c in
-            zip(g.responses, g.rewards, g.advantages, g.completions)]
+            for g in groups if limit < 0 or g.number[1] < limit for q in [g.question] for response, reward, advantage, c
+            in zip(g.responses, g.rewards, g.advantages, g.completions)]
     return sorted((row for part in all_gather(rows) for row in part), key=lambda row: row["question"])
 
 
@@ -412,15 +407,14 @@ def train(run: Run, method: Method, source: Path, tokenizer: Tokenizer, device: 
     with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method)) as folder:
         model = build(source, run, device)
         average = build(source, run, device) if run.reward == "gain" and run.stage != "ntp" else None
-        trained, stop = (model, make_optimizers(model, run), average), Stop()
+        trained, requests = (model, make_optimizers(model, run), average), stop_requests()
         begin, strikes = folder.resume(*trained)
         bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
                    mininterval=0.5)
         for step in range(begin, run.steps):
             set_learning_rate(trained[1], step, run)
             groups, metrics = one_step(step, *trained)
-            logged = [g for g in groups if run.log_questions < 0 or g.number[1] < run.log_questions]
-            rows = rollout_rows(step, logged, tokenizer)
+            rows = rollout_rows(step, groups, tokenizer, run.log_questions)
             folder.log("rollouts.jsonl", rows)
             folder.log("metrics.jsonl", [{"step": step} | metrics])
             if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
@@ -433,7 +427,7 @@ def train(run: Run, method: Method, source: Path, tokenizer: Tokenizer, device: 
                 raise FloatingPointError(
                     f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
                     f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
-            stopping = max(all_gather(stop.signal))
+            stopping = max(all_gather(max(requests, default=0)))
             if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
                 folder.save(step + 1, run.keep, strikes, *trained)
             if stopping:
