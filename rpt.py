@@ -15,9 +15,9 @@ of the whole step, and no process decides alone what the others have to wait for
 """
 
 import contextlib
-import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from data import Question, Tokenizer, prompt_ids
+from data import TEMPLATES, Question, Tokenizer, prompt_ids
 from model import Segment, Transformer, forward_flops
 from reward import extract_prediction
 from sampler import Completion, generate, pad, uniforms
@@ -52,7 +52,7 @@ class Method:
     temperature: float = option(0.8, "sampling temperature; the policy loss uses the same")
     max_prompt: int = option(4096, "tokens of a prompt; a longer context loses its beginning")
     max_response: int = option(8192, "tokens of a response")
-    template: str = option("v0", "prompt template: v0 to v6 (paper, appendix D), toy, plain")
+    template: str = option("v0", "prompt template, by its name in data.py (paper, appendix D)", choices=TEMPLATES)
     scale_by_std: bool = option(True, "divide advantages by the group's standard deviation")
     normalize: str = option("token", "the loss is a mean over tokens, over sequences, or over constant lengths",
                             choices=("token", "sequence", "constant"))
@@ -97,7 +97,7 @@ class Policy:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, method: Method, average: Transformer | None = None):
         self.model, self.tokenizer, self.method, self.average = model, tokenizer, method, average
         self.tokens = tokenizer.tokens
-        self._seen: tuple[Question | None, dict[bool, Tensor]] = (None, {})
+        self._seen: tuple = (None, None)  # the last question, and the probabilities behind its context
 
     @torch.no_grad()
     def _next(self, model: Transformer, runs: Sequence[Sequence[int]]) -> Tensor:
@@ -106,18 +106,15 @@ class Policy:
         last = torch.tensor([len(run) - 1 for run in runs], device=device)
         return model.logits(model(pad(runs, device))[torch.arange(len(runs), device=device), last]).softmax(-1)
 
-    def _plain(self, question: Question, average: bool = False) -> Tensor:
-        """Next-token probabilities [vocabulary] behind the context, kept while the question stays the same."""
-        if self._seen[0] is not question:
-            self._seen = (question, {})
-        if average not in self._seen[1]:
-            context = [*self.tokenizer.bos, *question.context[-self.method.max_prompt:]]
-            self._seen[1][average] = self._next(self.average if average else self.model, [context])[0]
-        return self._seen[1][average]
+    def _plain(self, model: Transformer, question: Question) -> Tensor:
+        """Next-token probabilities [vocabulary] behind the context alone."""
+        return self._next(model, [[*self.tokenizer.bos, *question.context[-self.method.max_prompt:]]])[0]
 
     def probability(self, question: Question, token: bytes) -> float:
         """P(token | context) by plain next-token prediction (paper, appendix A); 0 for bytes that are no token."""
-        return float(self._plain(question)[self.tokenizer.ids_of_token(token)].sum())
+        if self._seen[0] is not question:  # each response of a group asks
+            self._seen = question, self._plain(self.model, question)
+        return float(self._seen[1][self.tokenizer.ids_of_token(token)].sum())
 
     def gain(self, responses: Sequence[bytes], question: Question) -> list[float]:
         """RLP's reward (arXiv 2510.01265): log P(next token | context, thought) - log P(next token | context), in nats.
@@ -126,12 +123,11 @@ class Policy:
         prediction. A response that does not end its thought gains nothing.
         """
         prompt = prompt_ids(self.tokenizer, question, self.method.template, self.method.max_prompt)
-        ended = [b"</think>" in response for response in responses]
         runs = [prompt + self.tokenizer.thought_ids(response.split(b"</think>")[0]) for response in responses]
         ids = self.tokenizer.ids_of_token(question.truth[0])
         thoughtful = self._next(self.model, runs)[:, ids].sum(-1).log()
-        plain = self._plain(question, average=True)[ids].sum().log()
-        return [float(gain) if end else 0.0 for gain, end in zip(thoughtful - plain, ended)]
+        plain = self._plain(self.average, question)[ids].sum().log()
+        return [float(gain) if b"</think>" in r else 0.0 for gain, r in zip(thoughtful - plain, responses)]
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -140,8 +136,8 @@ class Policy:
 def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     """rewards [Q, G] -> advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), std unbiased, or A = R - mean.
 
-    A group of equal rewards is exactly zero, tested on the rewards: R - mean is not always 0 in floating point,
-    and dividing that noise by a standard deviation as small would make an advantage of order one of it.
+    A group of equal rewards is exactly zero, tested on the rewards: R - mean is not always 0 in floating point, and
+    divided by a standard deviation as small it is of order one. ValueError for groups of one.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 responses to compare, rewards are {list(rewards.shape)}")
@@ -223,15 +219,6 @@ def token_weights(length: int, normalize: str, tokens: int, sequences: int, max_
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def all_sum(values: Sequence[float], device: torch.device, op: str = "SUM") -> list[float]:
-    """Element-wise sum (or MAX) over all processes, in float64."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
-    return tensor.tolist()
-
-
 def all_gather(value: object) -> list:
     """A small object of every process, in the order of their ranks."""
     if not dist.is_initialized():
@@ -241,18 +228,23 @@ def all_gather(value: object) -> list:
     return values
 
 
+def all_sum(*values: float) -> list[float]:
+    """The sum over all processes of each value, in float64."""
+    return [float(sum(column)) for column in zip(*all_gather(values))]
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
-def unsharded(model: Transformer) -> Iterator[None]:
+def unsharded(*models: Transformer) -> Iterator[None]:
     """Holds the whole weights on every process, so that decoding needs no collective and may differ in length.
 
-    Without gradients: `no_grad`, because tensors of inference mode would poison the next training step.
+    `no_grad`, because tensors of inference mode would poison the next training step.
     """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -262,39 +254,46 @@ def unsharded(model: Transformer) -> Iterator[None]:
     finally:
         for module in shards:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)  # the head is used after the forward
+            module.set_reshard_after_forward(module not in models, recurse=False)  # the head is used after the forward
 
 
 # ---------------------------------------------------------------------------------------------- rollout and update
 
 
-def question_key(step: int, number: tuple[int, int]) -> int:
-    """Names a question of a run; with the seed it decides the randomness of its responses."""
-    return step << 40 | number[0] << 32 | number[1]
-
-
 def rollout(model: Transformer, tokenizer: Tokenizer, questions: Sequence[tuple[tuple[int, int], Question]],
             method: Method, reward: Callable, seed: int, step: int, timing: dict | None = None,
-            progress: bool = False, average: Transformer | None = None) -> list[Group]:
+            average: Transformer | None = None) -> list[Group]:
     """Samples and rewards G responses to each numbered question; no process waits for another here.
 
     An unfinished response is given to the reward as b"": what was not said in time earns nothing.
     """
     prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in questions]
+    keys = [step << 40 | draw << 32 | index for (draw, index), _ in questions]  # with the seed all of the randomness
     completions = generate(
         model, prompts, samples=method.group_size, max_new_tokens=method.max_response, temperature=method.temperature,
-        eos_ids=tokenizer.eos_ids, seed=seed, keys=[question_key(step, number) for number, _ in questions],
-        max_rows=method.max_rows, cache_tokens=method.cache_tokens or None, timing=timing, progress=progress)
+        eos_ids=tokenizer.eos_ids, seed=seed, keys=keys, max_rows=method.max_rows,
+        cache_tokens=method.cache_tokens or None, timing=timing)
     policy, groups = Policy(model, tokenizer, method, average), []
-    for (number, question), prompt, group in zip(questions, prompts, completions):
+    for (number, question), key, prompt, group in zip(questions, keys, prompts, completions):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         rewards = reward([r if c.finished else b"" for r, c in zip(responses, group)], question, policy)
         earned = torch.tensor([rewards], dtype=torch.float64, device="cpu")
         advantages = group_advantages(earned, method.scale_by_std)[0].tolist()
-        luck = uniforms(seed, question_key(step, number), EASY, 1)[0]
-        kept = method.keep_easy or luck < 1 - 1.2 * (sum(r >= 1 for r in rewards) / len(rewards) - 0.25)
+        passed = sum(r >= 1 for r in rewards) / len(rewards)
+        kept = method.keep_easy or uniforms(seed, key, EASY, 1)[0] < 1 - 1.2 * (passed - 0.25)
         groups.append(Group(number, question, prompt, group, responses, rewards, advantages, kept))
     return groups
+
+
+def pack(items: Sequence, tokens: Callable[[list], int], budget: int) -> list[list]:
+    """Neighbouring items in batches of at most `budget` tokens; an item that alone has more is a batch."""
+    batches: list[list] = []
+    for item in items:
+        if batches and tokens([*batches[-1], item]) <= budget:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
 
 
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[tuple[Group, list[int]]]]:
@@ -302,23 +301,19 @@ def micro_batches(groups: Sequence[Group], budget: int) -> list[list[tuple[Group
 
     Groups of similar length go together. A group that alone is too large is divided, a single response never.
     """
-    batches: list[list[tuple[Group, list[int]]]] = [[]]
-    rows = prompt = response = 0
-
-    def length(group: Group) -> int:
+    def longest(group: Group) -> int:
         return max(len(c.ids) for c in group.completions)
 
-    for group in sorted(groups, key=lambda g: (length(g), g.number)):
+    def tokens(batch: list[tuple[Group, list[int]]]) -> int:  # the last group is the one of the longest response
+        return (len(batch) * max(len(group.prompt) for group, _ in batch)
+                + sum(len(samples) for _, samples in batch) * longest(batch[-1][0]))
+
+    parts = []
+    for group in sorted(groups, key=lambda g: (longest(g), g.number)):
         order = sorted(range(len(group.completions)), key=lambda s: -len(group.completions[s].ids))
-        limit = max(1, (budget - len(group.prompt)) // length(group))
-        for part in (order[i: i + limit] for i in range(0, len(order), limit)):
-            widest = max(prompt, len(group.prompt)), max(response, length(group))
-            if batches[-1] and (len(batches[-1]) + 1) * widest[0] + (rows + len(part)) * widest[1] > budget:
-                batches.append([])
-                rows, widest = 0, (len(group.prompt), length(group))
-            batches[-1].append((group, part))
-            rows, (prompt, response) = rows + len(part), widest
-    return [batch for batch in batches if batch]
+        limit = max(1, (budget - len(group.prompt)) // longest(group))
+        parts += [(group, order[i: i + limit]) for i in range(0, len(order), limit)]
+    return pack(parts, tokens, budget)
 
 
 def completion_logprobs(model: Transformer, batch: Sequence[tuple[Group, list[int]]],
@@ -368,51 +363,41 @@ def _ntp_pass(model: Transformer, runs: Sequence[Sequence[int]], weight: float) 
     return {"loss": loss.item(), "entropy": entropy.detach().sum().item(), "trained_tokens": len(logprobs)}
 
 
-def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method,
-              weight: float) -> tuple[list, Callable]:
-    """Passes over runs, batched by the token budget, and an idle one."""
-    batches: list[list] = [[]]
-    for run in sorted(runs, key=len):
-        if batches[-1] and (len(batches[-1]) + 1) * len(run) > method.micro_tokens:
-            batches.append([])
-        batches[-1].append(run)
-    passes = [functools.partial(_ntp_pass, model, batch, weight) for batch in batches if batch]
-    return passes, functools.partial(_ntp_pass, model, [[0, 0]], 0.0)
-
-
-Pass = Callable[[], dict[str, float]]  # adds a gradient, returns sums over its tokens
+def _ntp_work(model: Transformer, runs: Sequence[Sequence[int]], method: Method, weight: float) -> tuple:
+    """Passes of next-token prediction over runs, as `optimize` takes them; a run of one token predicts nothing."""
+    batches = pack(sorted(runs, key=len), lambda batch: len(batch) * len(batch[-1]), method.micro_tokens)
+    return lambda batch: _ntp_pass(model, batch, weight), batches, [[0]]
 
 
 def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
-             work: Sequence[tuple[Sequence[Pass], Pass]], grad_clip: float) -> dict[str, float] | None:
-    """One optimizer step on the gradients that everyone's passes add; sums of what they return, over all processes.
+             work: Sequence[tuple[Callable, list, list]], grad_clip: float) -> dict[str, float]:
+    """One optimizer step on the gradients of everyone's passes; metrics, the same on every process.
 
-    work: for each kind of pass this process's own, and an idle one of zero weight. Every process makes as many passes
-    of a kind as the busiest one, because a pass gathers shards from all. None, and the weights as they were, if the
-    loss or the gradient is not finite: the sums are the same everywhere, so all processes decide alike.
+    work: for each kind of pass a function that adds the gradient of a batch and returns sums over its tokens, this
+    process's batches, and an idle one. Every process makes as many passes of a kind as the busiest one, because a
+    pass gathers shards from all. If the loss or the gradient is not finite, the weights stay as they were, and all
+    that is returned is skipped 1: the sums are the same everywhere, so all processes decide alike.
     """
-    device = model.head.device
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    most = all_sum([len(passes) for passes, _ in work], device, "MAX")  # agreed on before anyone begins
+    counts = all_gather([len(batches) for _, batches, _ in work])  # agreed on before anyone begins
     parts = []
-    for (passes, idle), count in zip(work, most):
-        parts += [one() for one in passes]
-        for _ in range(int(count) - len(passes)):
-            idle()
+    for (one_pass, batches, idle), most in zip(work, map(max, zip(*counts))):
+        parts += [one_pass(batch) for batch in batches]
+        for _ in range(len(batches), most):
+            one_pass(idle)
     keys = ("loss", "entropy", "logprob_diff", "trained_tokens")
-    sums = dict(zip(keys, all_sum([sum(part.get(key, 0.0) for part in parts) for key in keys], device)))
-    largest = all_sum([max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)], device, "MAX")[0]
+    loss, entropy, off, trained = all_sum(*(sum(part.get(key, 0.0) for part in parts) for key in keys))
+    largest = max(all_gather(max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(sums["loss"] + norm):
-        return None
+    if not math.isfinite(loss + norm):
+        return {"skipped": 1.0}
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    trained = max(sums["trained_tokens"], 1)
-    return sums | {"entropy": sums["entropy"] / trained, "logprob_diff": sums["logprob_diff"] / trained,
-                   "logprob_diff_max": largest, "grad_norm": norm}
+    return {"loss": loss, "entropy": entropy / max(trained, 1), "logprob_diff": off / max(trained, 1),
+            "logprob_diff_max": largest, "trained_tokens": trained, "grad_norm": norm, "skipped": 0.0}
 
 
 IDLE = Group((-1, -1), Question((), (), -1, -1), [0, 0], [Completion([0], [0.0], False)], [b""], [0.0], [0.0])
@@ -422,27 +407,24 @@ def update(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], grou
            method: Method) -> dict[str, float]:
     """One optimizer step (or `method.updates`) on everyone's groups. Returns metrics, the same on every process.
 
-    A step without any informative group, or with a non-finite number, leaves the weights as they are (skipped 1).
+    A step without any informative group, or with a non-finite number (skipped 1), leaves the weights as they are.
     """
-    device, mine = model.head.device, [group for group in groups if group.informative]
+    mine = [group for group in groups if group.informative]
     completions = [c for group in groups for c in group.completions]
     tokens, sequences, informative, broken = all_sum(
-        [sum(len(c.ids) for c in completions), len(completions), len(mine),
-         sum(not math.isfinite(sum(c.logprobs)) for c in completions)], device)
-    passes = [functools.partial(_policy_pass, model, batch, method, tokens, sequences)
-              for batch in micro_batches(mine, method.micro_tokens)]
-    work = [(passes, functools.partial(_policy_pass, model, [(IDLE, [0])], method, tokens, sequences))]
+        sum(len(c.ids) for c in completions), len(completions), len(mine),
+        sum(not math.isfinite(sum(c.logprobs)) for c in completions))
+    work = [(lambda batch: _policy_pass(model, batch, method, tokens, sequences),
+             micro_batches(mine, method.micro_tokens), [(IDLE, [0])])]
     if method.ntp_weight:  # RMT: the tokens that no question is about are still learned by prediction
         runs = [group.question.context for group in groups if len(group.question.context) > 1]
-        total = all_sum([sum(len(run) - 1 for run in runs)], device)[0]
-        work.append(_ntp_work(model, runs, method, method.ntp_weight / max(total, 1)))
-    out: dict[str, float] | None = {}
-    for _ in range(method.updates if (informative or method.ntp_weight) and not broken else 0):
-        out = optimize(model, optimizers, work, method.grad_clip)
-        if out is None:
-            break
-    failed = out is None or broken > 0
-    return (out or {}) | {"informative": informative, "skipped": float(failed)}
+        total = max(1, *all_sum(sum(len(run) - 1 for run in runs)))
+        work.append(_ntp_work(model, runs, method, method.ntp_weight / total))
+    out = {"skipped": float(broken > 0)}
+    for _ in range(method.updates if informative or method.ntp_weight else 0):
+        if not out["skipped"]:
+            out = optimize(model, optimizers, work, method.grad_clip)
+    return out | {"informative": informative}
 
 
 def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], runs: Sequence[Sequence[int]],
@@ -452,43 +434,37 @@ def ntp_step(model: Transformer, optimizers: Sequence[torch.optim.Optimizer], ru
     Every token but the first of a run counts the same.
     """
     (rank, world), begin = rank_and_world(), time.perf_counter()
-    weight = 1 / max(1, sum(len(run) - 1 for run in runs))
-    out = optimize(model, optimizers, [_ntp_work(model, runs[rank::world], method, weight)], method.grad_clip)
-    seconds, width = time.perf_counter() - begin, sum(map(len, runs)) / len(runs)
-    flops = 3 * forward_flops(model.config, sum(map(len, runs)), width / 2)
-    return (out or {}) | {"skipped": float(out is None), "flops": flops, "time": {
-        "seconds": seconds, "train_tokens_per_s": (out or {}).get("trained_tokens", 0) / seconds}}
+    total = sum(map(len, runs))
+    work = _ntp_work(model, runs[rank::world], method, 1 / max(1, total - len(runs)))
+    metrics = optimize(model, optimizers, [work], method.grad_clip)
+    seconds = time.perf_counter() - begin
+    return metrics | {"flops": 3 * forward_flops(model.config, total, total / len(runs) / 2), "time": {
+        "seconds": seconds, "train_tokens_per_s": metrics.get("trained_tokens", 0) / seconds}}
 
 
 def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torch.optim.Optimizer],
              draw: Callable[[int, int], Sequence[Question]], step: int, method: Method, reward: Callable, seed: int,
-             progress: bool = False, average: Transformer | None = None) -> tuple[list[Group], dict]:
+             average: Transformer | None = None) -> tuple[list[Group], dict]:
     """One step of RPT. draw(step, retry) gives the same questions on every process.
 
     Returns this process's groups and the metrics of all. Dynamic sampling (DAPO; the paper from step 500) keeps only
-    informative groups and draws again until the batch is full or `max_refills` is reached.
+    informative groups and draws again until the batch is full or `max_refills` is reached. `average` is an older copy
+    of the policy for reward `gain`, which follows it.
     """
-    (rank, world), device, begin = rank_and_world(), model.head.device, time.perf_counter()
+    (rank, world), begin = rank_and_world(), time.perf_counter()
     dynamic = 0 <= method.dynamic_from <= step
-    groups, timing, drawn, acted = [], {}, 0, 0.0
-
-    def flops_of(some: Sequence[Group]) -> float:  # of a forward pass, each prompt computed once
-        sizes = [(len(g.prompt), sum(len(c.ids) for c in g.completions)) for g in some]
-        return sum(forward_flops(model.config, p, p / 2) + forward_flops(model.config, n, p + n / method.group_size / 2)
-                   for p, n in sizes)
-
-    with unsharded(model), unsharded(average) if average else contextlib.nullcontext():
+    groups, timing, drawn, flops = [], Counter(), 0, 0.0
+    with unsharded(*filter(None, (model, average))):
         for retry in range(1 + dynamic * method.max_refills):
-            questions = draw(step, retry)
+            questions, spent = draw(step, retry), {}
             drawn += len(questions)
             mine = [((retry, n), question) for n, question in enumerate(questions) if n % world == rank]
-            spent: dict[str, float] = {}
-            fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, progress and rank == 0, average)
-            acted += flops_of(fresh)
-            timing = {key: timing.get(key, 0) + value for key, value in spent.items()}
+            fresh = rollout(model, tokenizer, mine, method, reward, seed, step, spent, average)
+            timing.update(spent)  # adds up
+            flops += groups_flops(model, fresh)
             groups += [group for group in fresh if group.informative or not dynamic]
             numbers = sorted(n for part in all_gather([group.number for group in groups]) for n in part)
-            if len(numbers) >= method.questions or not dynamic:
+            if len(numbers) >= method.questions:
                 break
     kept = set(numbers[: method.questions])
     groups = [group for group in groups if group.number in kept]
@@ -498,31 +474,37 @@ def rpt_step(model: Transformer, tokenizer: Tokenizer, optimizers: Sequence[torc
         with torch.no_grad():
             for mean, now in zip(average.parameters(), model.parameters()):
                 mean.lerp_(now, 1 - method.average_decay)
-    metrics = rollout_metrics(groups, device) | trained | {"drawn": drawn}
-    learned = 3 * method.updates * flops_of([group for group in groups if group.informative])
-    totals = all_sum([timing["prefill_tokens"], timing["decode_tokens"], acted + learned], device)
-    times = all_sum([timing["prefill_seconds"], timing["decode_seconds"], sampled - begin,
-                     time.perf_counter() - sampled], device, "MAX")
-    metrics |= {"prefill_tokens": totals[0], "decode_tokens": totals[1], "flops": totals[2]}
-    metrics["time"] = {
-        "seconds": times[2] + times[3], "rollout": times[2], "prefill": times[0], "decode": times[1], "train": times[3],
-        "prefill_tokens_per_s": totals[0] / max(times[0], 1e-9), "decode_tokens_per_s": totals[1] / max(times[1], 1e-9),
-        "train_tokens_per_s": trained.get("trained_tokens", 0) / max(times[3], 1e-9)}
-    return groups, metrics
+    flops += 3 * method.updates * groups_flops(model, [group for group in groups if group.informative])
+    prefilled, decoded, flops = all_sum(timing["prefill_tokens"], timing["decode_tokens"], flops)
+    seconds = timing["prefill_seconds"], timing["decode_seconds"], sampled - begin, time.perf_counter() - sampled
+    prefill, decode, acting, learning = map(max, zip(*all_gather(seconds)))  # of the slowest process
+    return groups, rollout_metrics(groups) | trained | {
+        "drawn": drawn, "prefill_tokens": prefilled, "decode_tokens": decoded, "flops": flops, "time": {
+            "seconds": acting + learning, "rollout": acting, "prefill": prefill, "decode": decode, "train": learning,
+            "prefill_tokens_per_s": prefilled / max(prefill, 1e-9), "decode_tokens_per_s": decoded / max(decode, 1e-9),
+            "train_tokens_per_s": trained.get("trained_tokens", 0) / max(learning, 1e-9)}}
 
 
-def rollout_metrics(groups: Sequence[Group], device: torch.device) -> dict[str, float]:
+def groups_flops(model: Transformer, groups: Sequence[Group]) -> float:
+    """Floating-point operations of a forward pass over groups, each prompt computed once."""
+    sizes = [(len(g.prompt), sum(len(c.ids) for c in g.completions), len(g.completions)) for g in groups]
+    return sum(forward_flops(model.config, prompt, prompt / 2) + forward_flops(model.config, n, prompt + n / size / 2)
+               for prompt, n, size in sizes)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all processes' groups: what the policy said and earned."""
-    lengths = [len(c.ids) for group in groups for c in group.completions]
+    completions = [c for group in groups for c in group.completions]
     rewards = [reward for group in groups for reward in group.rewards]
-    sums = all_sum([
-        len(groups), len(rewards), sum(rewards), sum(lengths), sum(reward >= 1 for reward in rewards),
+    lengths = [len(c.ids) for c in completions]
+    n_groups, n, earned, right, tokens, parsed, cut, solved, all_right = all_sum(
+        len(groups), len(rewards), sum(rewards), sum(reward >= 1 for reward in rewards), sum(lengths),
         sum(extract_prediction(r) is not None for group in groups for r in group.responses),
-        sum(not c.finished for group in groups for c in group.completions),
-        sum(max(group.rewards) >= 1 for group in groups), sum(min(group.rewards) >= 1 for group in groups)], device)
-    longest = all_sum([max(lengths, default=0)], device, "MAX")[0]
-    n_groups, n = max(sums[0], 1), max(sums[1], 1)
-    return {"reward": sums[2] / n, "accuracy": sums[4] / n, "parsed": sums[5] / n, "truncated": sums[6] / n,
-            "length": sums[3] / n, "length_max": longest, "solved": sums[7] / n_groups,
-            "all_right": sums[8] / n_groups, "all_wrong": 1 - sums[7] / n_groups,
-            "groups": sums[0], "responses": sums[1]}
+        sum(not c.finished for c in completions),
+        sum(max(group.rewards) >= 1 for group in groups), sum(min(group.rewards) >= 1 for group in groups))
+    longest = float(max(all_gather(max(lengths, default=0))))
+    per_response, per_group = max(n, 1), max(n_groups, 1)
+    return {"reward": earned / per_response, "accuracy": right / per_response, "parsed": parsed / per_response,
+            "truncated": cut / per_response, "length": tokens / per_response, "length_max": longest,
+            "solved": solved / per_group, "all_right": all_right / per_group, "all_wrong": 1 - solved / per_group,
+            "groups": n_groups, "responses": n}

@@ -11,6 +11,7 @@ computation is in --dtype.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -21,7 +22,8 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -39,7 +41,7 @@ import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
 from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
 from reward import REWARDS, extract_prediction
-from rpt import HEAD_CHUNK, Group, Method, all_gather, all_sum, ntp_step, option, rank_and_world, rpt_step
+from rpt import HEAD_CHUNK, Group, Method, all_gather, ntp_step, option, rank_and_world, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
 
@@ -72,7 +74,7 @@ class Run:
     eval_questions: int = option(500, "held-out questions of an evaluation")
     save_every: int = option(20, "steps between checkpoints")
     keep: int = option(2, "newest checkpoints kept")
-    dtype: str = option("float32", "of the computation", choices=tuple(DTYPES))
+    dtype: str = option("float32", "of the computation", choices=DTYPES)
     device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if there is one")
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
@@ -107,52 +109,42 @@ TOY_MODEL = dict(model_type="qwen2", hidden_size=64, intermediate_size=192, num_
 
 
 def parse(argv: list[str] | None = None) -> tuple[Run, Method, Plan]:
-    """The command line: one option per field of Run and Method, with the recipe's values as defaults."""
+    """The command line: one option per field of Run, Method and Plan, with the recipe's values as defaults."""
     pick = argparse.ArgumentParser(add_help=False)
     pick.add_argument("--recipe", default="toy")
-    recipe = dict(RECIPES.get(pick.parse_known_args(argv)[0].recipe, {}))
     pick.add_argument("--stage", default="rpt")
-    recipe |= STAGES.get(pick.parse_known_args(argv)[0].stage, {})
+    picked, _ = pick.parse_known_args(argv)
+    recipe = RECIPES.get(picked.recipe, {}) | STAGES.get(picked.stage, {})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     kinds = {Run: "the run", Method: "the method", Plan: "what --plan assumes"}
     for kind, title in kinds.items():
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(kind):
-            default = recipe.get(field.name, field.default)
-            how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-            if "choices" in field.metadata:
-                how["choices"] = tuple(field.metadata["choices"])
-            group.add_argument("--" + field.name.replace("_", "-"), default=default, **how,
-                               help=f"{field.metadata['help']} ({default!r})".replace("%", "%%"))
+            how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+                   dict(type=field.type, choices=field.metadata.get("choices")))
+            group.add_argument("--" + field.name.replace("_", "-"), default=recipe.get(field.name, field.default),
+                               help=f"{field.metadata['help']} (%(default)r)", **how)
     values = vars(parser.parse_args(argv))
-    run, method, machine = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds)
-    problem = check(run, method)
-    if problem:
+    if problem := check(argparse.Namespace(**values)):
         parser.error(problem)
-    return run, method, machine
+    return tuple(kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)}) for kind in kinds)
 
 
-def check(run: Run, method: Method) -> str | None:
+def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, in one sentence, or None."""
-    if method.group_size < 2:
-        return f"--group-size {method.group_size}: a group needs at least 2 responses to compare"
-    if method.template not in data.TEMPLATES:
-        return f"--template {method.template}: one of {', '.join(data.TEMPLATES)}"
     for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps",
                  "save_every", "keep", "holdout", "min_context", "eval_questions"):
-        value = getattr(method, name, None) or getattr(run, name, 0)
-        if value < 1:
-            return f"--{name.replace('_', '-')} {value}: must be at least 1"
-    if run.seed < 0:
-        return f"--seed {run.seed}: must not be negative"
-    if not method.temperature > 0:
-        return f"--temperature {method.temperature}: must be above 0, a greedy policy has no gradient"
-    if not run.model and (run.recipe != "toy" or run.stage != "rpt" or run.corpus):
-        return "--model is missing: a model directory or hub id"
-    if run.model and not run.corpus and not run.plan:
-        return "--corpus is missing: a .jsonl or .txt file, or a folder of them"
-    return None
+        if getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
+    laws = {
+        f"--group-size {args.group_size}: a group needs at least 2 responses to compare": args.group_size >= 2,
+        f"--seed {args.seed}: must not be negative": args.seed >= 0,
+        f"--temperature {args.temperature}: must be above 0, a greedy policy has no gradient": args.temperature > 0,
+        "--model is missing: a model directory or hub id":
+            args.model or (args.recipe == "toy" and args.stage == "rpt" and not args.corpus),
+        "--corpus is missing: a .jsonl or .txt file, or a folder of them": not args.model or args.corpus or args.plan}
+    return next((sentence for sentence, kept in laws.items() if not kept), None)
 
 
 # ---------------------------------------------------------------------------------------------- processes and shards
@@ -165,9 +157,7 @@ def start(run: Run) -> torch.device:
     if kind != "cpu":
         torch.accelerator.set_device_index(device.index)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or run.dtype != "float32":
-        if "RANK" not in os.environ:
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-        store, rank, world = next(dist.rendezvous("env://"))
+        store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
         # torchrun keeps its store when it restarts the processes, with the addresses of the dead in it
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
@@ -175,32 +165,33 @@ def start(run: Run) -> torch.device:
     return device
 
 
-def shard(model: Transformer, run: Run, device_type: str) -> None:
-    """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32.
+def shard_size(run: Run, world: int) -> int:
+    """How many of the `world` processes share one copy of the weights."""
+    if run.shard_group and world % run.shard_group:
+        raise ValueError(f"--shard-group {run.shard_group} does not divide the {world} processes")
+    return run.shard_group or world
 
-    With one process and float32 nothing is sharded: on the toy that costs a fifth of a step, bitwise for nothing.
-    """
+
+def shard(model: Transformer, run: Run, device_type: str) -> None:
+    """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32."""
     world = dist.get_world_size()
-    size = run.shard_group or world
-    if world % size:
-        raise ValueError(f"--shard-group {size} does not divide the {world} processes")
+    size = shard_size(run, world)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     how = dict(mesh=init_device_mesh(device_type, shape, mesh_dim_names=names), mp_policy=MixedPrecisionPolicy(
         param_dtype=DTYPES[run.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False))
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # the loss is divided by the tokens of all processes: sum, never average
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in (model, *model.model.layers):  # the loss is divided by the tokens of all processes: never average
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def build(directory: Path, run: Run, device: torch.device) -> Transformer:
     """The model with float32 master weights, read from the files straight into this process's shards."""
     with torch.device("meta"):
         model = Transformer(read_config(directory))
-    if dist.is_initialized():
+    if dist.is_initialized():  # one process in float32 shards nothing: on the toy that would cost a fifth of a step
         shard(model, run, device.type)
     model.to_empty(device=device)
     load_weights(model, directory)
@@ -215,72 +206,75 @@ def make_optimizers(model: Transformer, run: Run) -> list[torch.optim.Optimizer]
     """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if run.optimizer == "muon" else []
     chosen = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    decay, rate = run.weight_decay, 0.003 if matrices else run.lr
-    optimizers: list = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, run.beta2), weight_decay=decay)]
-    optimizers += [torch.optim.Muon(matrices, lr=run.lr, weight_decay=decay)] if matrices else []
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
+    rest, rate = [p for p in model.parameters() if id(p) not in chosen], 0.003 if matrices else run.lr
+    adamw = torch.optim.AdamW([{"params": rest, "peak": rate}], betas=(0.9, run.beta2), weight_decay=run.weight_decay)
+    muon = [{"params": matrices, "peak": run.lr}]
+    return [adamw, torch.optim.Muon(muon, weight_decay=run.weight_decay)] if matrices else [adamw]
 
 
-def learning_rate(step: int, run: Run) -> float:
-    """The share of its peak that the learning rate has in a step: a plateau, and a fall if `decay` asks for one."""
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, run: Run) -> None:
+    """A plateau at the peak, and a linear fall over the last `decay` of the steps."""
     fall = run.decay * run.steps
-    return min(1.0, (run.steps - step) / fall) if fall else 1.0
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * (min(1.0, (run.steps - step) / fall) if fall else 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder
 
 
-class RunFolder:
+@contextlib.contextmanager
+def replacing(place: Path) -> Iterator[Path]:
+    """A folder for all processes to write to, beside `place`, that takes its place when it is complete."""
+    aside, first = place.with_name("unfinished"), rank_and_world()[0] == 0
+    if first and aside.exists():
+        shutil.rmtree(aside)
+    all_gather(None)
+    yield aside
+    all_gather(None)
+    if first:
+        if place.exists():
+            shutil.rmtree(place)
+        aside.rename(place)
+    all_gather(None)
+
+
+class RunFolder(contextlib.ExitStack):
     """Checkpoints and logs of one run. What is written is complete or invisible, whenever the process dies.
 
-    A checkpoint is written beside its place, with the checksums of its files, and renamed. It remembers how long the
-    logs were, so a resumed run cuts off what an interrupted one wrote after it, and writes the same again.
+    A checkpoint has the checksums of its files. It remembers how long the logs were, so a resumed run cuts off what
+    an interrupted one wrote after it, and writes the same again.
     """
 
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 
-    def __init__(self, path: Path, settings: dict, keep: int):
-        self.path, self.keep = path, keep
-        self.rank, self.world = rank_and_world()
-        problem = None
-        if self.rank == 0:
-            try:
-                problem = self._claim(settings)
-            except OSError as error:
-                problem = f"{path}: cannot be written ({error.strerror})"
-        problem = all_gather(problem)[0]
-        if problem:
-            self.__exit__()
+    def __init__(self, path: Path, settings: dict):
+        super().__init__()
+        self.path, (self.rank, self.world) = path, rank_and_world()
+        try:
+            problem = self._claim(settings) if self.rank == 0 else None
+        except OSError as error:
+            problem = f"{path}: cannot be written ({error.strerror})"
+        if problem := all_gather(problem)[0]:
+            self.close()
             raise ValueError(problem)
 
     def _claim(self, settings: dict) -> str | None:
+        """Locks the folder until this object is closed; what speaks against writing to it, or None."""
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")
+        lock = self.enter_context(open(self.path / "lock", "w"))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return f"{self.path}: another run is writing to this folder"
         file = self.path / "run.json"
-        if file.exists():
-            before = json.loads(file.read_text())
-            changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in FREE)
-            if changed:
-                was = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in changed)
-                return f"{self.path} belongs to another configuration ({was}); choose another --out or delete it"
-        else:
-            write_json(file, settings)
-        return None
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *problem) -> None:
-        if self.rank == 0 and hasattr(self, "_lock"):
-            self._lock.close()
+        if not file.exists():
+            return write_json(file, settings)
+        before = json.loads(file.read_text())
+        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in sorted(settings.items())
+                   if before.get(name) != value and name not in FREE]
+        if changed:
+            return (f"{self.path} belongs to another configuration ({', '.join(changed)}); "
+                    "choose another --out or delete it")
 
     def log(self, name: str, rows: list[dict]) -> None:
         """Appends rows to a log (first process only)."""
@@ -288,53 +282,39 @@ class RunFolder:
             with open(self.path / name, "a") as out:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def save(self, step: int, model: Transformer, optimizers: list, strikes: int,
-             average: Transformer | None = None) -> None:
-        """A checkpoint of the state after `step` steps."""
-        place, aside = self.path / "checkpoints" / f"step-{step:06d}", self.path / "checkpoints" / "unfinished"
-        if self.rank == 0 and aside.exists():
-            shutil.rmtree(aside)
-        all_gather(None)
-        dcp.save(training_state(model, optimizers, average), checkpoint_id=aside)
-        mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] if self.rank == 0 else [])]
-        sums: dict[str, str] = {}
-        for part in all_gather({file.name: file_digest(file) for file in mine}):
-            sums |= part
-        if self.rank == 0:
-            sizes = {}
-            for name in self.LOGS:
-                with open(self.path / name, "ab") as log:
-                    os.fsync(log.fileno())
-                    sizes[name] = log.tell()
-            write_json(aside / "state.json", {"step": step, "strikes": strikes, "logs": sizes, "files": sums})
-            if place.exists():
-                shutil.rmtree(place)
-            aside.rename(place)
-            for old in sorted(self.path.glob("checkpoints/step-*"))[: -self.keep]:
-                shutil.rmtree(old)
-        all_gather(None)
+    def save(self, step: int, keep: int, strikes: int, *trained) -> None:
+        """A checkpoint of what is `trained` (see training_state) after `step` steps; the newest `keep` stay."""
+        with replacing(self.path / "checkpoints" / f"step-{step:06d}") as aside:
+            dcp.save(training_state(*trained), checkpoint_id=aside)
+            mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] if self.rank == 0 else [])]
+            parts = all_gather({file.name: file_digest(file) for file in mine})
+            if self.rank == 0:
+                state = {"step": step, "strikes": strikes, "logs": {}, "files": dict(ChainMap(*parts))}
+                for name in self.LOGS:
+                    with open(self.path / name, "ab") as log:
+                        os.fsync(log.fileno())
+                        state["logs"][name] = log.tell()
+                write_json(aside / "state.json", state)
+        for old in sorted(self.path.glob("checkpoints/step-*"))[: -keep] if self.rank == 0 else []:
+            shutil.rmtree(old)
 
-    def resume(self, model: Transformer, optimizers: list, average: Transformer | None = None) -> tuple[int, int]:
+    def resume(self, model: Transformer, optimizers: list, average: Transformer | None) -> tuple[int, int]:
         """Loads the newest intact checkpoint, cuts the logs to it; (steps done, strikes), (0, 0) without one."""
-        logs, done = dict.fromkeys(self.LOGS, 0), (0, 0)
+        state = {"step": 0, "strikes": 0, "logs": dict.fromkeys(self.LOGS, 0)}
         for place in sorted(self.path.glob("checkpoints/step-*"), reverse=True):
-            problem = next((p for p in all_gather(self._damage(place)) if p), None)
-            if problem:
+            if problem := next(filter(None, all_gather(self._damage(place))), None):
                 say(f"{place.name} is damaged ({problem}): using the one before it")
                 continue
-            state = json.loads((place / "state.json").read_text())
-            stored = training_state(model, optimizers, average)
+            state, stored = json.loads((place / "state.json").read_text()), training_state(model, optimizers, average)
             dcp.load(stored, checkpoint_id=place)
             set_state_dict(model, optimizers, model_state_dict=stored["model"], optim_state_dict=stored["optimizers"])
-            logs, done = state["logs"], (state["step"], state["strikes"])
             say(f"{self.path}: going on after step {state['step']}")
             break
-        if self.rank == 0:
-            for name, size in logs.items():
-                with open(self.path / name, "ab") as log:
-                    log.truncate(size)
+        for name, size in state["logs"].items() if self.rank == 0 else ():
+            with open(self.path / name, "ab") as log:
+                log.truncate(size)
         all_gather(None)
-        return done
+        return state["step"], state["strikes"]
 
     def _damage(self, place: Path) -> str | None:
         """What is wrong with a checkpoint's files; each process reads its share."""
@@ -359,7 +339,7 @@ def training_state(model: Transformer, optimizers: list, average: Transformer | 
 def file_digest(file: Path) -> str:
     """BLAKE2 of a file's content."""
     with open(file, "rb") as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(f, "blake2b").hexdigest()
 
 
 def write_json(file: Path, value: object) -> None:
@@ -378,98 +358,94 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-class Stop:
-    """Turns a first SIGTERM or SIGINT into a request to stop after the step; a second one acts at once."""
+def stop_requests() -> list[int]:
+    """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step; a second one acts at once."""
+    requests: list[int] = []
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame) -> None:
-        self.signal = number
+    def note(number: int, frame) -> None:
+        requests.append(number)
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, note)
+    return requests
 
 
 # ---------------------------------------------------------------------------------------------- stages
 
 
-def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer) -> list[dict]:
-    """What rollouts.jsonl says about a step, one row per response, of all processes."""
-    text = lambda content: content.decode(errors="backslashreplace")  # noqa: E731
-    rows = [{"step": step, "question": list(g.number), "document": g.question.document,
-             "position": g.question.position,
-             "entropy": g.question.entropy if math.isfinite(g.question.entropy) else None,
-             "context": text(tokenizer.bytes_of(g.question.context[-48:])),
-             "truth": text(b"".join(g.question.truth[:4])), "response": text(r), "reward": reward,
-             "prediction": None if p is None else text(p), "advantage": advantage, "finished": c.finished,
-             "tokens": len(c.ids)}
-            for g in groups for r, p, reward, advantage, c in
-            zip(g.responses, map(extract_prediction, g.responses), g.rewards, g.advantages, g.completions)]
+def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer, limit: int) -> list[dict]:
+    """What rollouts.jsonl says about a step, one row per response, of all processes; `limit`: see log_questions."""
+    text = lambda content: None if content is None else content.decode(errors="backslashreplace")  # noqa: E731
+    rows = [{"step": step, "question": list(g.number), "document": q.document, "position": q.position,
+             "entropy": q.entropy if math.isfinite(q.entropy) else None,
+             "context": text(tokenizer.bytes_of(q.context[-48:])), "truth": text(b"".join(q.truth[:4])),
+             "response": text(response), "reward": reward, "prediction": text(extract_prediction(response)),
+             "advantage": advantage, "finished": c.finished, "tokens": len(c.ids)}
+            for g in groups if limit < 0 or g.number[1] < limit for q in [g.question] for response, reward, advantage, c
+            in zip(g.responses, g.rewards, g.advantages, g.completions)]
     return sorted((row for part in all_gather(rows) for row in part), key=lambda row: row["question"])
 
 
-def show_rollout(row: dict) -> str:
-    """One response for a person to read."""
-    verdict = f"reward {row['reward']:g}, advantage {row['advantage']:+.2f}, {row['tokens']} tokens"
-    return f"  ...{row['context'][-160:]!r}\n  truth {row['truth']!r}; {verdict}\n  response {row['response']!r}"
+def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> None:
+    """Some of a step's rollouts, and its figures in the progress bar."""
+    for row in rows[: run.show if run.show else step in (0, run.steps - 1)]:
+        say(f"step {step}, a rollout:\n  ...{row['context'][-160:]!r}\n  truth {row['truth']!r}; reward "
+            f"{row['reward']:g}, advantage {row['advantage']:+.2f}, {row['tokens']} tokens\n"
+            f"  response {row['response']!r}")
+    figures = {"reward": "reward", "length": "length", "loss": "loss", "gradient": "grad_norm"}
+    speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
+    bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in figures.items() if key in metrics}
+                    | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)
+    bar.update()
 
 
-def train(run: Run, method: Method, model: Transformer, tokenizer: Tokenizer, folder: RunFolder,
-          one_step: Callable[[int, list], tuple[list[Group], dict]], evaluate: Callable[[], dict] | None = None,
-          average: Transformer | None = None) -> None:
-    """The loop of every stage: learning rate, step, logs, checkpoint. one_step(step, optimizers) -> groups, metrics."""
-    optimizers, stop = make_optimizers(model, run), Stop()
-    begin, strikes = folder.resume(model, optimizers, average)
-    bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
-               mininterval=0.5)
-    for step in range(begin, run.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, run)
-        groups, metrics = one_step(step, optimizers)
-        logged = [g for g in groups if run.log_questions < 0 or g.number[1] < run.log_questions]
-        rows = rollout_rows(step, logged, tokenizer) if run.stage != "ntp" else []
-        folder.log("rollouts.jsonl", rows)
-        folder.log("metrics.jsonl", [{"step": step} | metrics])
-        for row in rows[: run.show if run.show else step in (0, run.steps - 1)]:
-            say(f"step {step}, a rollout:\n{show_rollout(row)}")
-        if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
-            folder.log("evals.jsonl", [{"step": step + 1} | evaluate()])
-        strikes = strikes + 1 if metrics["skipped"] else 0
-        if metrics["skipped"]:
-            say(f"step {step}: a loss, gradient or log-probability is not finite; the weights stay as they were")
-        if strikes == STRIKES:
-            raise FloatingPointError(f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
-                                     f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
-        bar.update()
-        shown = {"reward": "reward", "length": "length", "loss": "loss", "grad_norm": "gradient"}
-        speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
-        bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
-                        | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)
-        stopping = int(all_sum([stop.signal], model.head.device, "MAX")[0])
-        if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-            folder.save(step + 1, model, optimizers, strikes, average)
-        if stopping:
-            say(f"stopped by {signal.Signals(stopping).name} after step {step}; the same command goes on from there")
-            sys.exit(128 + stopping)
-    bar.close()
+def train(run: Run, method: Method, source: Path, tokenizer: Tokenizer, device: torch.device, one_step: Callable,
+          evaluate: Callable[[Transformer], dict] | None = None) -> Transformer:
+    """The loop of every stage: learning rate, step, logs, checkpoint; the model, which is also exported.
+
+    one_step(step, model, optimizers, average) gives groups and metrics; evaluate(model) a row of evals.jsonl.
+    """
+    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method)) as folder:
+        model = build(source, run, device)
+        average = build(source, run, device) if run.reward == "gain" and run.stage != "ntp" else None
+        trained, requests = (model, make_optimizers(model, run), average), stop_requests()
+        begin, strikes = folder.resume(*trained)
+        bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
+                   mininterval=0.5)
+        for step in range(begin, run.steps):
+            set_learning_rate(trained[1], step, run)
+            groups, metrics = one_step(step, *trained)
+            rows = rollout_rows(step, groups, tokenizer, run.log_questions)
+            folder.log("rollouts.jsonl", rows)
+            folder.log("metrics.jsonl", [{"step": step} | metrics])
+            if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
+                folder.log("evals.jsonl", [{"step": step + 1} | evaluate(model)])
+            show(run, step, rows, metrics, bar)
+            strikes = strikes + 1 if metrics["skipped"] else 0
+            if strikes:
+                say(f"step {step}: a loss, gradient or log-probability is not finite; the weights stay as they were")
+            if strikes == STRIKES:
+                raise FloatingPointError(
+                    f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
+                    f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
+            stopping = max(all_gather(max(requests, default=0)))
+            if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+                folder.save(step + 1, run.keep, strikes, *trained)
+            if stopping:
+                name = signal.Signals(stopping).name
+                say(f"stopped by {name} after step {step}; the same command goes on from there")
+                sys.exit(128 + stopping)
+        bar.close()
+        export(model, tokenizer, Path(run.out) / "model")
+    return model
 
 
 def export(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
     """The trained model as a Hugging Face directory, complete or absent."""
-    aside = directory.with_name(directory.name + ".unfinished")
-    if rank_and_world()[0] == 0 and aside.exists():
-        shutil.rmtree(aside)
-    all_gather(None)
-    save_pretrained(model, aside, tokenizer)
-    all_gather(None)
-    if rank_and_world()[0] == 0:
-        if directory.exists():
-            shutil.rmtree(directory)
-        aside.rename(directory)
-    all_gather(None)
+    with replacing(directory) as aside:
+        save_pretrained(model, aside, tokenizer)
     say(f"model written to {directory}")
 
 
@@ -478,23 +454,22 @@ def ntp_stage(run: Run, method: Method, device: torch.device, runs: list[list[in
     source = resolve(run.model)
     tokenizer = Tokenizer.from_dir(source)
     check_vocabulary(tokenizer, read_config(source).vocab_size, source)
-    if runs is None:
+    texts = runs or []
+    if not runs:
         documents, _, _ = data.split_holdout(read_corpus(run.corpus), run.holdout, run.seed)
-        encoded = tokenizer.encode_batch([document.text for document in documents])
-        texts = [tokenizer.bos + ids + tokenizer.eos_ids[:1] for ids in encoded]
-        texts = [ids[i: i + method.max_prompt] for ids in texts for i in range(0, len(ids), method.max_prompt)]
-        pick = lambda step: data.draw(len(texts), run.seed, step, 0, method.questions)  # noqa: E731
-    else:
-        texts, pick = runs, lambda step: range(step * method.questions, (step + 1) * method.questions)
-    texts = texts if any(len(ids) > 1 for ids in texts) else []
-    if not texts:
+        for ids in tokenizer.encode_batch([document.text for document in documents]):
+            ids = tokenizer.bos + ids + tokenizer.eos_ids[:1]
+            texts += [ids[i: i + method.max_prompt] for i in range(0, len(ids), method.max_prompt)]
+    if not any(len(ids) > 1 for ids in texts):
         raise ValueError(f"{run.corpus}: no document is left to train on beside {run.holdout} held-out ones")
-    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
-        model = build(source, run, device)
-        train(run, method, model, tokenizer, folder,
-              lambda step, optimizers: ([], ntp_step(model, optimizers, [texts[i] for i in pick(step)], method)))
-        export(model, tokenizer, Path(run.out) / "model")
-    return model
+
+    def batch(step: int) -> list[list[int]]:
+        n = method.questions
+        return runs[step * n: (step + 1) * n] if runs else [
+            texts[i] for i in data.draw(len(texts), run.seed, step, 0, n)]
+
+    return train(run, method, source, tokenizer, device, lambda step, model, optimizers, average: (
+        [], ntp_step(model, optimizers, batch(step), method)))
 
 
 def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transformer, Tokenizer, list[Question]]:
@@ -515,22 +490,16 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
             window=method.max_prompt, device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0],
             gather=all_gather)
     say(table)
-    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method), run.keep) as folder:
-        model = build(source, run, device)
-        held = evaluation.subset(held, run.eval_questions, run.seed)
+    held = evaluation.subset(held, run.eval_questions, run.seed)
 
-        def draw(step: int, retry: int) -> list[Question]:
-            return [questions[n] for n in data.draw(len(questions), run.seed, step, retry, method.questions)]
+    def draw(step: int, retry: int) -> list[Question]:
+        return [questions[n] for n in data.draw(len(questions), run.seed, step, retry, method.questions)]
 
-        average = build(source, run, device) if run.reward == "gain" else None
-
-        def step_of(step: int, optimizers: list) -> tuple[list[Group], dict]:
-            return rpt_step(model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed,
-                            average=average)
-
-        train(run, method, model, tokenizer, folder, step_of, lambda: evaluation.summary(evaluation.evaluate(
-            model, tokenizer, held, method, seed=run.seed)), average)
-        export(model, tokenizer, Path(run.out) / "model")
+    model = train(
+        run, method, source, tokenizer, device,
+        lambda step, model, optimizers, average: rpt_step(
+            model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed, average),
+        lambda model: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
     return model, tokenizer, held
 
 
@@ -567,40 +536,26 @@ def toy(run: Run, method: Method, device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------- the plan
 
 
-def local_numel(config: ModelConfig, run: Run, processes: int) -> tuple[int, int, int]:
-    """Weights of the whole model, of process 0's shard, and of the largest group gathered at once.
-
-    Counted on the meta device with a process group that only pretends to communicate.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    with torch.device("meta"):
-        model = Transformer(config)
-    whole = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = whole - blocks * config.num_hidden_layers
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    shard(model, run, "cpu")
-    mine = sum(p.to_local().numel() for p in model.parameters())
-    dist.destroy_process_group()
-    return whole, mine, root + 2 * blocks  # the root stays, and one block is fetched while another computes
-
-
 def plan(run: Run, method: Method, machine: Plan) -> str:
     """Bytes of each process, work and time of a step, and what to change where it does not fit."""
-    path = Path(run.model)
-    c = read_config(path if path.is_dir() else resolve(run.model))
+    c = read_config(resolve(run.model))
+    with torch.device("meta"):
+        model = Transformer(c)
     lines = [f"{c.model_type}, {c.num_hidden_layers} layers, hidden {c.hidden_size}; {method.questions} questions x "
              f"{method.group_size} responses; prompts of {machine.prompt_tokens} and responses of "
              f"{machine.response_tokens} tokens on average; {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s"]
     for processes in [machine.processes] if machine.processes else [1, 8, 64]:
         for memory in [machine.memory] if machine.memory else [80, 192]:
-            lines += _plan_one(run, method, machine, c, processes, memory)
+            lines += _plan_one(run, method, machine, model, processes, memory)
     return "\n".join(lines)
 
 
-def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes: int, memory: int) -> list[str]:
-    width, gb = DTYPES[run.dtype].itemsize, 1e9
-    whole, mine, gathered = local_numel(c, run, processes)
+def _plan_one(run: Run, method: Method, machine: Plan, model: Transformer, processes: int, memory: int) -> list[str]:
+    c, width, gb, usable = model.config, DTYPES[run.dtype].itemsize, 1e9, 0.92 * memory * 1e9
+    whole = sum(p.numel() for p in model.parameters())
+    mine = sum(-(-len(p) // shard_size(run, processes)) * p[0].numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    gathered = whole - (c.num_hidden_layers - 2) * block  # the root stays, and a block is fetched while one computes
     kv_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
     tokens = method.micro_tokens
     inner = tokens * (6 * c.hidden_size + 2 * c.num_attention_heads * c.head_dim + 4 * c.intermediate_size) * width
@@ -610,40 +565,37 @@ def _plan_one(run: Run, method: Method, machine: Plan, c: ModelConfig, processes
         "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
         "logits and head gradient": 4 * (4 * HEAD_CHUNK + c.vocab_size * c.hidden_size)}
     fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
-    train_bytes = sum(parts.values()) - parts["rollout weights"]
-    free = 0.92 * memory * gb - fixed
+    training = sum(parts.values()) - parts["rollout weights"]
     rows = min(method.max_rows, -(-method.questions * method.group_size // processes))
     worst = rows * method.max_response + -(-rows // method.group_size) * method.max_prompt
     cache = min(worst, method.cache_tokens or worst)
-    out = [f"\n{processes} x {memory} GB, GB per process: " + ", ".join(f"{k} {v / gb:.1f}" for k, v in parts.items())]
-    out.append(f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} "
-               f"({cache:,} tokens); training {train_bytes / gb:.1f}")
-    if free < kv_token * (method.max_prompt + method.max_response):
+    out = [f"\n{processes} x {memory} GB, GB per process: " + ", ".join(f"{k} {v / gb:.1f}" for k, v in parts.items()),
+           f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} "
+           f"({cache:,} tokens); training {training / gb:.1f}"]
+    if usable - fixed < kv_token * (method.max_prompt + method.max_response):
         out.append("  DOES NOT FIT: weights and optimizer leave no room for a KV cache: more processes, accelerators "
                    "with more memory, or a smaller model")
-    elif cache * kv_token > free:
-        cache = int(free / kv_token) // 1000 * 1000
+    elif cache * kv_token > usable - fixed:
+        cache = int((usable - fixed) / kv_token) // 1000 * 1000
         out.append(f"  DOES NOT FIT as it is: --cache-tokens {cache} makes the rollout fit")
-    if train_bytes > 0.92 * memory * gb:
-        less = max(1024, int(tokens * (0.92 * memory * gb - train_bytes + parts["activations"]) / parts["activations"]))
-        fits = train_bytes - parts["activations"] * (1 - less / tokens) < 0.92 * memory * gb
+    if training > usable:
+        less = max(1024, int(tokens * (1 - (training - usable) / parts["activations"])))
+        fits = training - parts["activations"] * (1 - less / tokens) < usable
         out.append("  DOES NOT FIT: training needs " + (f"--micro-tokens {less // 1024 * 1024}" if fits else
                    ("" if run.checkpoint_activations else "--checkpoint-activations or ") + "more processes"))
-    share = method.questions / processes
-    prompt, response, group = machine.prompt_tokens, machine.response_tokens, method.group_size
+    share, group = method.questions / processes, method.group_size
+    prompt, response = machine.prompt_tokens, machine.response_tokens
     prefill = share * forward_flops(c, prompt, prompt / 2)
     decode = share * group * forward_flops(c, response, prompt + response / 2)
     learn = (4 if run.checkpoint_activations else 3) * method.updates * (prefill + decode)
     live = max(1, min(rows, cache // (response + prompt // group + 1)))
-    steps = share * group * response / live
-    read = steps * (width * whole + live * kv_token * (prompt / group + response / 2))
+    read = share * group * response / live * (width * whole + live * kv_token * (prompt / group + response / 2))
     seconds = [prefill / machine.tflops / 1e12, max(decode / machine.tflops / 1e12, read / machine.bandwidth / 1e9),
                learn / machine.tflops / 1e12]
-    out.append(f"  a step: {method.questions * (prompt + group * response):,} tokens, "
-               f"{processes * (prefill + decode + learn):.2e} FLOP; about {sum(seconds):,.0f} s "
-               f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, "
-               f"training {seconds[2]:,.0f} if every group is informative)")
-    return out
+    return [*out, f"  a step: {method.questions * (prompt + group * response):,} tokens, "
+            f"{processes * (prefill + decode + learn):.2e} FLOP; about {sum(seconds):,.0f} s "
+            f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, "
+            f"training {seconds[2]:,.0f} if every group is informative)"]
 
 
 def main(argv: list[str] | None = None) -> None:
