@@ -28,7 +28,7 @@ from model import Segment, Transformer
 
 PREFILL_TOKENS = 16384  # prompts are computed in batches of about so many tokens
 ROOM = 1 / 8  # rows that ended are taken out, and groups admitted, when they are this share: moving a cache costs
-GROWTH = 32  # columns by which the rows' own cache grows, at least
+GROWTH = 32  # columns by which the rows' own cache grows
 COHORTS = 2  # parts of the rows' own cache, by age
 
 
@@ -82,7 +82,7 @@ class DecodeCache:
 
     def tokens(self) -> int:
         """Columns of keys and values that are held, of prompts and of rows, used or not."""
-        return sum(cohort.valid.numel() + len(cohort.starts) * cohort.capacity for cohort in self.cohorts)
+        return sum(cohort.valid.numel() + len(cohort.ages) * cohort.capacity for cohort in self.cohorts)
 
     def groups(self) -> int:
         return sum(len(cohort.counts) for cohort in self.cohorts)
@@ -91,14 +91,18 @@ class DecodeCache:
         """Drops all other rows, groups without rows, and columns that no row uses."""
         cohorts, first = [], 0
         for cohort in self.cohorts:
-            its = [row - first for row in rows if first <= row < first + len(cohort.starts)]
-            first += len(cohort.starts)
+            its = [row - first for row in rows if first <= row < first + len(cohort.ages)]
+            first += len(cohort.ages)
             if its:
-                cohorts.append(cohort if len(its) == len(cohort.starts) else cohort.kept(its))
+                cohorts.append(cohort if len(its) == len(cohort.ages) else cohort.kept(its))
         self.cohorts = cohorts
 
+    def make_room(self) -> bool:
+        """To be called before every step; whether its tensors are others than those of the step before."""
+        return any([cohort.make_room() for cohort in self.cohorts])
+
     def positions(self, width: int) -> Tensor:
-        """Opens the next column, and says at which position of its text each row's token stands: [rows, 1]."""
+        """Opens each row's next column, and says at which position of its text its token stands: [rows, 1]."""
         assert width == 1, "a DecodeCache takes one token per row"
         return torch.cat([cohort.open_column() for cohort in self.cohorts])[:, None]
 
@@ -106,32 +110,32 @@ class DecodeCache:
         """q [rows, heads, 1, d], k and v [rows, kv_heads, 1, d] -> [rows, 1, heads * d]."""
         if len(self.cohorts) == 1:
             return self.cohorts[0].attend(self.attention, layer, q, k, v)
-        parts = zip(self.cohorts, *(x.split([len(cohort.starts) for cohort in self.cohorts]) for x in (q, k, v)))
+        parts = zip(self.cohorts, *(x.split([len(cohort.ages) for cohort in self.cohorts]) for x in (q, k, v)))
         return torch.cat([cohort.attend(self.attention, layer, *part) for cohort, *part in parts])
 
 
 class _Cohort:
-    """Groups of similar age: each prompt's keys and values once, and behind them those of the rows' own tokens.
+    """Groups of similar age: each prompt's keys and values once, and those of the rows' own tokens, from column 0 on.
 
-    Rows of a group are neighbours. All write the same column in a step; a row that is younger than the oldest has
-    nothing in the first columns, and these are masked. Rows of very different age are in different cohorts: a young
-    one must not pay for columns that it does not have. Prompt columns may have holes (see `prefill`), which are masked.
-    The key heads come first, [kv_heads, groups or rows, columns, d]: the rows of full groups then need no rearranging
-    between the product with their prompts and the one with their own tokens.
+    Rows of a group are neighbours. Rows of very different age are in different cohorts: a young one must not pay for
+    columns that it does not fill. What is not filled is masked, as are holes in prompts (see `prefill`). The key
+    heads come first, [kv_heads, groups or rows, columns, d]: the rows of full groups then need no rearranging between
+    the product with their prompts and the one with their own tokens.
+
+    Between two changes of its rows or columns, a step reads and writes the same tensors whatever it computes, so that
+    it can be recorded (see `_Batch.step`).
     """
 
     def __init__(self, prompt: list[tuple[Tensor, Tensor]], valid: Tensor, counts: list[int],
-                 own: list[tuple[Tensor, Tensor]], starts: list[int], width: int, position: Tensor):
+                 own: list[tuple[Tensor, Tensor]], ends: Tensor, ages: list[int]):
         self.prompt, self.own = prompt, own  # by layer, keys and values of the groups' prompts, of the rows' own tokens
         self.valid = valid  # prompt columns that count, [groups, P]
         self.counts = counts  # rows of each group
-        self.starts, self.width = starts, width  # each row's first own column; columns in use
-        self.position = position  # of the next token in its text, [rows]
-        device = position.device
+        self.ends, self.ages = ends, ages  # of each row: tokens of the prompt, [rows]; own tokens
+        device = ends.device
+        self.age = torch.tensor(ages, device=device)  # the same on the device
+        self.rows, self.columns = (torch.arange(n, device=device) for n in (len(ages), self.capacity))
         self.prompt_mask = None if bool(valid.all()) else _mask(valid)[:, None]  # [groups, 1, P]
-        columns = torch.arange(max(starts), device=device)
-        self.own_mask = (_mask(columns >= torch.tensor(starts, device=device)[:, None])[:, None] if any(starts)
-                         else None)  # [rows, 1, columns that some have and others have not]
         # Where each row stands in the [groups, slots] layout of the product with prompts, and back.
         self.slots, first = max(counts), np.cumsum([0] + counts)
         self.grid = self.place = None
@@ -148,61 +152,65 @@ class _Cohort:
                   for layer in range(len(prompts.keys))]
         rows, (kv_heads, _, _, d) = sum(counts), prompt[0][0].shape
         own = [tuple(x.new_zeros(kv_heads, rows, 0, d) for x in pair) for pair in prompt]
-        position = torch.tensor(np.repeat(prompts.ends, counts), device=prompts.device)
-        return cls(prompt, prompts.valid(prompts.keys[0].shape[2]), list(counts), own, [0] * rows, 0, position)
+        ends = torch.tensor(np.repeat(prompts.ends, counts), device=prompts.device)
+        return cls(prompt, prompts.valid(prompts.keys[0].shape[2]), list(counts), own, ends, [0] * rows)
 
     def kept(self, rows: Sequence[int]) -> "_Cohort":
         group_of = np.repeat(np.arange(len(self.counts)), self.counts)[rows]
         groups, counts = np.unique(group_of, return_counts=True)
         prompt, valid = self.prompt, self.valid
         if len(groups) < len(self.counts):
-            groups = torch.tensor(groups, device=self.position.device)
+            groups = torch.tensor(groups, device=self.age.device)
             valid = valid[groups]
             used = int(valid.any(0).nonzero().max()) + 1
             prompt, valid = [tuple(x[:, groups, :used] for x in pair) for pair in prompt], valid[:, :used]
-        index = torch.tensor(rows, device=self.position.device)
-        least = min(self.starts[row] for row in rows)
-        own = [tuple(x[:, index, least:] for x in pair) for pair in self.own]
-        return _Cohort(prompt, valid, counts.tolist(), own, [self.starts[row] - least for row in rows],
-                       self.width - least, self.position[index])
+        index, ages = torch.tensor(rows, device=self.age.device), [self.ages[row] for row in rows]
+        own = [tuple(x[:, index, : max(ages) + GROWTH] for x in pair) for pair in self.own]
+        return _Cohort(prompt, valid, counts.tolist(), own, self.ends[index], ages)
 
     def masked_with(self, younger: "_Cohort") -> int:
         """How many columns would have to be masked in a union."""
-        return len(younger.starts) * (self.width - younger.width)
+        return len(younger.ages) * (max(self.ages) - max(younger.ages))
 
     def merged(self, younger: "_Cohort") -> "_Cohort":
-        """The union; the younger rows' own columns move to the right, so that the newest remains the last."""
-        shift = self.width - younger.width
-        prompt = [tuple(map(_stack, *pairs)) for pairs in zip(self.prompt, younger.prompt)]
-        own = [tuple(torch.cat((x[:, :, : self.width], F.pad(y[:, :, : younger.width], (0, 0, shift, 0))), dim=1)
-                     for x, y in zip(*pairs)) for pairs in zip(self.own, younger.own)]
-        return _Cohort(prompt, _stack(self.valid[None, :, :, None], younger.valid[None, :, :, None])[0, :, :, 0], self.counts + younger.counts, own,
-                       self.starts + [start + shift for start in younger.starts], self.width,
-                       torch.cat((self.position, younger.position)))
+        def union(pairs: Iterable) -> list:
+            return [tuple(map(_stack, *pair)) for pair in pairs]
+        valid = _stack(self.valid[None, :, :, None], younger.valid[None, :, :, None])[0, :, :, 0]
+        return _Cohort(union(zip(self.prompt, younger.prompt)), valid, self.counts + younger.counts,
+                       union(zip(self.own, younger.own)), torch.cat((self.ends, younger.ends)),
+                       self.ages + younger.ages)
 
     @property
     def capacity(self) -> int:
         return self.own[0][0].shape[2]
 
+    def make_room(self) -> bool:
+        """Sees to it that every row has a column for one more token; whether the tensors are others than before."""
+        full = max(self.ages) == self.capacity
+        if full:
+            self.own = [tuple(F.pad(x, (0, 0, 0, GROWTH)) for x in pair) for pair in self.own]
+            self.columns = torch.arange(self.capacity, device=self.age.device)
+        self.ages = [age + 1 for age in self.ages]
+        return full
+
     def open_column(self) -> Tensor:
-        """Makes room for one token per row; the positions [rows] at which they stand."""
-        if self.width == self.capacity:
-            room = max(GROWTH, self.width // 2)
-            self.own = [tuple(F.pad(x, (0, 0, 0, room)) for x in pair) for pair in self.own]
-        self.width += 1
-        self.position = self.position + 1
-        return self.position - 1
+        """The positions [rows] in the text at which the rows' next tokens stand."""
+        self.column = self.age.clone()
+        self.age += 1
+        self.mask = _mask(self.columns <= self.column[:, None])[:, None]  # [rows, 1, columns]
+        return self.ends + self.column
 
     def attend(self, attention: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, heads, 1, d] attends to all."""
-        keys, values = (x[:, :, : self.width] for x in self.own[layer])
-        keys[:, :, -1], values[:, :, -1] = k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)
-        return attention(q, *self.prompt[layer], self.prompt_mask, keys, values, self.own_mask, self.slots, self.grid,
+        keys, values = self.own[layer]
+        keys[:, self.rows, self.column] = k[:, :, 0].transpose(0, 1)
+        values[:, self.rows, self.column] = v[:, :, 0].transpose(0, 1)
+        return attention(q, *self.prompt[layer], self.prompt_mask, keys, values, self.mask, self.slots, self.grid,
                          self.place)
 
 
 def attend_shared(q: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_mask: Tensor | None, keys: Tensor,
-                  values: Tensor, mask: Tensor | None, slots: int, grid: Tensor | None, place: Tensor | None) -> Tensor:
+                  values: Tensor, mask: Tensor, slots: int, grid: Tensor | None, place: Tensor | None) -> Tensor:
     """One softmax over a group's prompt and a row's own tokens: q [rows, heads, 1, d] -> [rows, 1, heads * d].
 
     All queries of a group meet its prompt in one product. Both parts are exponentiated around their common maximum,
@@ -223,8 +231,7 @@ def attend_shared(q: Tensor, prompt_keys: Tensor, prompt_values: Tensor, prompt_
     own = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT).float().view(kv_heads, rows, -1, keys.shape[2])
     if prompt_mask is not None:
         shared.view(kv_heads, groups, -1, columns).add_(prompt_mask)
-    if mask is not None:
-        own[..., : mask.shape[-1]].add_(mask)
+    own.add_(mask)
     peak = torch.maximum(by_row(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
     shared, own = shared.sub_(by_group(peak)).exp_(), own.sub_(peak).exp_()
     total = by_row(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)
@@ -315,6 +322,7 @@ class _Batch:
 
     def admit(self, jobs: Sequence[Job], prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> None:
         """Computes the prompts of the jobs (prompt, samples) and samples each row's first token."""
+        self._changed()
         for indices, segment, hidden in prefill(self.model, [prompts[job[0]] for job in jobs], self.device):
             chosen = [jobs[i] for i in indices]
             counts = [len(samples) for _, samples in chosen]
@@ -342,7 +350,26 @@ class _Batch:
         length += age * (torch.isin(token, self.eos) & (length == 0))
 
     def step(self) -> None:
-        """One more token for every row."""
+        """One more token for every row.
+
+        An accelerator is given the step as one recorded graph: a small model's kernels end sooner than Python starts
+        them. Rows that come or go, and caches that grow, make it record again.
+        """
+        if self.cache.make_room():
+            self._changed()
+        if self.device.type == "cpu" or not self.warm:
+            self.warm = True
+            return self._advance()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._advance()
+        self.graph.replay()
+
+    def _changed(self) -> None:
+        self.graph, self.warm = None, not self.model.compiled  # torch.compile must not compile while recording
+
+    def _advance(self) -> None:
         self._sample(self.model.logits(self.model(self.token, self.cache)[:, 0]), slice(None))
 
     def harvest(self) -> list[tuple[int, int, Completion]]:
@@ -368,6 +395,7 @@ class _Batch:
         return job
 
     def _keep(self, rows: list[int]) -> None:
+        self._changed()
         self.cache.keep(rows)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for name in ("uniform", "ids", "logprobs", "token", "age", "length"):
