@@ -137,9 +137,13 @@ def check(args: argparse.Namespace) -> str | None:
                  "save_every", "keep", "holdout", "min_context", "eval_questions"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
+    for name in ("seed", "max_refills", "eval_every", "show", "shard_group", "clip_low", "clip_high", "decay"):
+        if not getattr(args, name) >= 0:
+            return f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative"
     laws = {
         f"--group-size {args.group_size}: a group needs at least 2 responses to compare": args.group_size >= 2,
-        f"--seed {args.seed}: must not be negative": args.seed >= 0,
+        f"--reward {args.reward}: questions with answers have no next token, use answer or format":
+            args.stage != "rlvr" or args.reward not in ("prefix", "first-token", "dense", "conditional-dense", "gain"),
         f"--temperature {args.temperature}: must be above 0, a greedy policy has no gradient": args.temperature > 0,
         "--model is missing: a model directory or hub id":
             args.model or (args.recipe == "toy" and args.stage == "rpt" and not args.corpus),
@@ -327,7 +331,8 @@ class RunFolder(contextlib.ExitStack):
 
 
 FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens",
-        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations", "compile")  # options that a resumed run may change
+        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations",
+        "compile")  # options that a resumed run may change
 
 
 def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
@@ -358,18 +363,22 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def stop_requests() -> list[int]:
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
     """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step; a second one acts at once."""
     requests: list[int] = []
 
     def note(number: int, frame) -> None:
         requests.append(number)
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, note)
-    return requests
+    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requests
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -410,33 +419,35 @@ def train(run: Run, method: Method, source: Path, tokenizer: Tokenizer, device: 
     with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method)) as folder:
         model = build(source, run, device)
         average = build(source, run, device) if run.reward == "gain" and run.stage != "ntp" else None
-        trained, requests = (model, make_optimizers(model, run), average), stop_requests()
+        trained = model, make_optimizers(model, run), average
         begin, strikes = folder.resume(*trained)
         bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
                    mininterval=0.5)
-        for step in range(begin, run.steps):
-            set_learning_rate(trained[1], step, run)
-            groups, metrics = one_step(step, *trained)
-            rows = rollout_rows(step, groups, tokenizer, run.log_questions)
-            folder.log("rollouts.jsonl", rows)
-            folder.log("metrics.jsonl", [{"step": step} | metrics])
-            if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
-                folder.log("evals.jsonl", [{"step": step + 1} | evaluate(model)])
-            show(run, step, rows, metrics, bar)
-            strikes = strikes + 1 if metrics["skipped"] else 0
-            if strikes:
-                say(f"step {step}: a loss, gradient or log-probability is not finite; the weights stay as they were")
-            if strikes == STRIKES:
-                raise FloatingPointError(
-                    f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
-                    f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
-            stopping = max(all_gather(max(requests, default=0)))
-            if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                folder.save(step + 1, run.keep, strikes, *trained)
-            if stopping:
-                name = signal.Signals(stopping).name
-                say(f"stopped by {name} after step {step}; the same command goes on from there")
-                sys.exit(128 + stopping)
+        with stop_requests() as requests:
+            for step in range(begin, run.steps):
+                set_learning_rate(trained[1], step, run)
+                groups, metrics = one_step(step, *trained)
+                rows = rollout_rows(step, groups, tokenizer, run.log_questions)
+                folder.log("rollouts.jsonl", rows)
+                folder.log("metrics.jsonl", [{"step": step} | metrics])
+                if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
+                    folder.log("evals.jsonl", [{"step": step + 1} | evaluate(model)])
+                show(run, step, rows, metrics, bar)
+                strikes = strikes + 1 if metrics["skipped"] else 0
+                if strikes:
+                    say(f"step {step}: a loss, gradient or log-probability is not finite; "
+                        "the weights stay as they were")
+                if strikes == STRIKES:
+                    raise FloatingPointError(
+                        f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
+                        f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
+                stopping = max(all_gather(max(requests, default=0)))
+                if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+                    folder.save(step + 1, run.keep, strikes, *trained)
+                if stopping:
+                    name = signal.Signals(stopping).name
+                    say(f"stopped by {name} after step {step}; the same command goes on from there")
+                    sys.exit(128 + stopping)
         bar.close()
         export(model, tokenizer, Path(run.out) / "model")
     return model

@@ -1,6 +1,7 @@
 """Laws of sampler.py. The oracle is a loop of plain forwards over the whole text, without any cache."""
 
 import itertools
+import os
 from collections import Counter
 
 import numpy as np
@@ -88,6 +89,48 @@ def test_rows_of_many_ages_side_by_side_are_those_of_plain_forwards(cohorts, mon
             return int((cumulative > numbers[position]).nonzero()[0])
 
         assert same(completion, plain_completion(model, prompt, choose, 40, EOS[:3], 1.5))
+
+
+@pytest.mark.parametrize("cache_tokens", [1, 400, 700, 5000])
+def test_groups_given_up_for_want_of_memory_come_out_the_same(cache_tokens, monkeypatch):
+    model, held, evicted = tiny("qwen3"), [], []
+    evict, keep = sampler._Batch.evict, sampler._Batch.step
+    arguments = {"samples": 3, "max_new_tokens": 70, "temperature": 1.3, "eos_ids": EOS[:1], "seed": 9}
+    wanted = generate(model, PROMPTS, **arguments)
+
+    def step(batch):
+        held.append((batch.cache.tokens(), batch.cache.groups()))
+        keep(batch)
+
+    monkeypatch.setattr(sampler._Batch, "evict", lambda batch: evicted.append(1) or evict(batch))
+    monkeypatch.setattr(sampler._Batch, "step", step)
+    for group, others in zip(generate(model, PROMPTS, cache_tokens=cache_tokens, **arguments), wanted):
+        assert all(map(same, group, others))
+    assert all(tokens <= cache_tokens or groups == 1 for tokens, groups in held)
+    assert len(evicted) >= {400: 3, 700: 2}.get(cache_tokens, 0)
+    assert max(groups for _, groups in held) == 1 or cache_tokens > 1
+
+
+SLOW = pytest.mark.skipif("RPT_TEST_SLOW" not in os.environ, reason="RPT_TEST_SLOW is not set: it compiles for minutes")
+
+
+@pytest.mark.parametrize("much", [False, pytest.param(True, marks=SLOW)])
+def test_compiled_blocks_and_decoding_compute_the_same(much):
+    plain, compiled = tiny("qwen3", seed=6), tiny("qwen3", seed=6)
+    compiled.compile_blocks()
+    prompts = PROMPTS if much else [[1, 2, 3], [4, 5, 6]]
+    arguments = {"samples": 3, "max_new_tokens": 20, "eos_ids": EOS if much else [],
+                 "max_rows": 7, "temperature": 1.2}
+    sampled = generate(plain, prompts, **arguments)
+    for group, others in zip(generate(compiled, prompts, **arguments), sampled):
+        assert all(map(same, group, others))
+    if much:  # training too
+        batch = [(Group((0, n), None, prompt, group, [], [], []), [0, 1, 2])
+                 for n, (prompt, group) in enumerate(zip(prompts, sampled))]
+        for model in (plain, compiled):
+            completion_logprobs(model, batch, 1.2)[0].sum().backward()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_that_shares_its_beginning_is_not_computed_again_and_comes_out_the_same():

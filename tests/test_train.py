@@ -251,7 +251,9 @@ def test_the_papers_recipe_has_the_papers_numbers():
 @pytest.mark.parametrize("arguments, words", [
     (["--group-size", 1], "at least 2"), (["--no-such-option", 1], "unrecognized arguments"),
     (["--steps", "many"], "invalid int"), (["--steps", 0], "--steps 0"), (["--temperature", 0], "--temperature"),
-    (["--template", "v9"], "v9"), (["--reward", "nice"], "invalid choice"), (["--questions", "-3"], "--questions -3")])
+    (["--template", "v9"], "v9"), (["--reward", "nice"], "invalid choice"), (["--questions", "-3"], "--questions -3"),
+    (["--max-refills", -1], "--max-refills -1"), (["--decay", "nan"], "--decay nan"),
+    (["--stage", "rlvr", "--reward", "gain"], "no next token")])
 def test_a_bad_argument_is_one_sentence(toy, tmp_path, capsys, arguments, words):
     assert words in refused(capsys, *small(toy, tmp_path / "run"), *arguments)
     assert not (tmp_path / "run").exists()
@@ -264,7 +266,7 @@ def bad_corpus(path, content):
 
 @pytest.mark.parametrize("content, words", [
     (None, "no such corpus"), (b'{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
-    (b'{"text": "caf\xe9"}', "line 1: not UTF-8"), (b'{"text": " "}', "line 1: empty document"), (b"", "no documents"),
+    (b'{"text": "caf\xe9"}', "line 1: byte 13 is not UTF-8"), (b'{"text": " "}', "line 1: empty document"), (b"", "no documents"),
     (b'{"text": "ab"}\n' * 50, "no document is longer"), (b'[1, 2]', "expected a JSON object"),
     (b'{"text": "The ball is under A."}\n', "leaves none to train on")])
 def test_a_bad_corpus_is_one_sentence(toy, tmp_path, capsys, content, words):
