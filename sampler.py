@@ -309,7 +309,8 @@ class _Batch:
     def __init__(self, model: Transformer, limit: int, temperature: float, eos_ids: Sequence[int], seed: int):
         self.model, self.device = model, model.head.device
         self.limit, self.temperature, self.seed = limit, temperature, seed
-        self.eos = torch.tensor(sorted(eos_ids), device=self.device)
+        self.ends = torch.zeros(len(model.head), dtype=torch.bool, device=self.device)  # whether a token is an end
+        self.ends[[id for id in eos_ids if id < len(self.ends)]] = True
         self.cache = DecodeCache(torch.compile(attend_shared, dynamic=True) if model.compiled else None)
         self.owners: list[tuple[int, int]] = []  # (prompt, sample) of each row
         # By row and position; one column more than the limit, for what rows sample after they are done.
@@ -347,7 +348,7 @@ class _Batch:
         age += 1
         self.token[rows] = token
         length = self.length[rows]
-        length += age * (torch.isin(token, self.eos) & (length == 0))
+        length += age * (self.ends[token] & (length == 0))
 
     def step(self) -> None:
         """One more token for every row.
