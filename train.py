@@ -623,6 +623,9 @@ def main(argv: list[str] | None = None) -> None:
             ntp_stage(run, method, device)
         else:
             rl_stage(run, method, device)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: error: out of memory ({str(error).splitlines()[0]}): lower --micro-tokens, --max-rows or "
+                 "--cache-tokens; the same command goes on from the last checkpoint")
     except (ValueError, OSError, FloatingPointError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]

@@ -1,6 +1,6 @@
 """Speed and memory, beside transformers and TRL where they can be imported. No test asserts any of it.
 
-    python tests/bench.py [--only rollout decode ragged train step logprobs growth] [--quick] [--json FILE]
+    python tests/bench.py [--only rollout accelerator decode ...] [--quick] [--json FILE]
 
 Whatever is compared is measured in one run, in turns, after one turn that does not count; figures are medians, and
 only their ratios mean anything on a machine that others use. Same weights (through save_pretrained), prompts, dtype
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import ModelConfig, Transformer  # noqa: E402
+from model import ModelConfig, Transformer, read_config  # noqa: E402
 from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
 from sampler import Completion, _Batch, generate  # noqa: E402
 from tests.rivals import in_transformers, trl_steps, trl_trainer  # noqa: E402
@@ -86,18 +86,33 @@ def peak(work: Callable[[], object], warm_up: Callable[[], object]) -> dict:
 
 def rollout(quick: bool) -> dict[str, float]:
     """Tokens per second of sampling: 8 prompts x 8 samples of 128 tokens, and 1 x 1."""
-    model, table = policy(), {}
-    rival = in_transformers(model)
-    for count, samples, length in ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256)):
+    return sampling(policy(), ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256)), 1 if quick else 3)
+
+
+def accelerator(quick: bool) -> dict[str, float]:
+    """The same on an accelerator: 1.5 B random weights in bfloat16, R1-Distill-Qwen's shape."""
+    if not torch.accelerator.is_available():
+        return {"accelerators": 0}
+    device = torch.accelerator.current_accelerator()
+    config = Path(__file__).resolve().parent.parent / "paper" / "configs" / "r1-distill-qwen-1.5b"
+    with device:
+        model = Transformer(read_config(config)).bfloat16()
+    return sampling(model, ((1, 1, 512), (8, GROUP, 512), (32, GROUP, 512), (32, GROUP, 1024)), 1 if quick else 3)
+
+
+def sampling(model: Transformer, cases: Sequence[tuple[int, int, int]], repeats: int) -> dict[str, float]:
+    """Tokens per second, ours and transformers', of (prompts, samples, length of a prompt)."""
+    rival, table = in_transformers(model), {}
+    for count, samples, length in cases:
         prompts = questions(count, length)
         work = {"ours": lambda: ours(model, prompts, samples)}
         if rival is not None:
-            ids = torch.tensor(prompts)
+            ids = torch.tensor(prompts, device=rival.device)
             work["transformers"] = lambda: rival.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
                 min_new_tokens=NEW, max_new_tokens=NEW, num_return_sequences=samples, pad_token_id=0)
         name = f"prompt {length}, {count} x {samples}"
-        for who, seconds in in_turns(1 if quick else 3, **work).items():
+        for who, seconds in in_turns(repeats, **work).items():
             table[f"{name}: {who}, tokens/s"] = count * samples * NEW / seconds
         if rival is not None:
             table[f"{name}: ours / transformers"] = (
@@ -128,7 +143,7 @@ def decode(quick: bool) -> dict[str, float]:
         for _ in range(NEW // 2 - 16):
             batch.step()
         step = in_turns(8 if quick else 30, step=batch.step, products=work, copy=big.clone, square=lambda: wide @ wide)
-        width = batch.cache.cohorts[0].width
+        width = batch.cache.cohorts[0].capacity
         cached = 2 * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 32 * (PROMPTS * length + rows * width)
         moved = 4 * (sum(p.numel() for p in model.parameters()) + cached)
         table |= {f"prompt {length}: a step, ms": 1e3 * step["step"],
@@ -295,7 +310,7 @@ def one_of_several() -> dict:
 
 
 def main() -> None:
-    sections = {f.__name__: f for f in (rollout, decode, ragged, train, step, logprobs, growth)}
+    sections = {f.__name__: f for f in (rollout, accelerator, decode, ragged, train, step, logprobs, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--quick", action="store_true", help="one turn of each, and less work")

@@ -18,7 +18,7 @@ def in_transformers(model: Transformer):
         return None
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(model, directory)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=model.head.dtype).to(model.head.device).eval()
 
 
 def trl_trainer(model: Transformer, prompts: list[list[int]], samples: int, new: int, learning_rate: float, steps: int):

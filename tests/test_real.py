@@ -61,8 +61,8 @@ def run_with_vowels(folder, *arguments, processes=1):
     script, out = folder / "vowels.py", folder / f"run{processes}"
     script.write_text(VOWELS)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, arguments), "--reward", "vowels",
-                           "--out", str(out)], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, arguments),
+                           "--reward", "vowels", "--out", str(out)], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return tuple([json.loads(line) for line in (out / name).read_text().splitlines()]

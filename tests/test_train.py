@@ -139,10 +139,11 @@ def test_a_folder_is_one_runs(toy, run, capsys):
     holder.close()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(toy, tmp_path, capsys):
     tmp_path.chmod(0o500)
-    assert "cannot be written" in refused(capsys, *small(toy, tmp_path / "run"))
+    folder = Path("/sys") if os.geteuid() == 0 else tmp_path  # root may write everywhere but there
+    said = refused(capsys, *small(toy, folder / "run"))
+    assert str(folder / "run") in said and re.search("cannot be written|not permitted|denied|Read-only", said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -266,7 +267,8 @@ def bad_corpus(path, content):
 
 @pytest.mark.parametrize("content, words", [
     (None, "no such corpus"), (b'{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
-    (b'{"text": "caf\xe9"}', "line 1: byte 13 is not UTF-8"), (b'{"text": " "}', "line 1: empty document"), (b"", "no documents"),
+    (b'{"text": "caf\xe9"}', "line 1: byte 13 is not UTF-8"), (b'{"text": " "}', "line 1: empty document"),
+    (b"", "no documents"),
     (b'{"text": "ab"}\n' * 50, "no document is longer"), (b'[1, 2]', "expected a JSON object"),
     (b'{"text": "The ball is under A."}\n', "leaves none to train on")])
 def test_a_bad_corpus_is_one_sentence(toy, tmp_path, capsys, content, words):

@@ -56,7 +56,8 @@ def steps(out: str, micro_tokens: str, shard_group: str) -> None:
 
 def crash(where: str, call: str, rank: str, marker: str, *arguments: str) -> None:
     owner, name = {"rollout": (rpt, "generate"), "training": (rpt, "policy_loss"), "writing": (train.dcp, "save"),
-                   "renaming": (train, "write_json"), "logging": (train.RunFolder, "log")}[where]
+                   "renaming": (train, "write_json"), "logging": (train.RunFolder, "log"),
+                    "memory": (rpt, "policy_loss")}[where]
     original, calls = getattr(owner, name), [0]
 
     def deadly(*args, **kwargs):
@@ -65,6 +66,8 @@ def crash(where: str, call: str, rank: str, marker: str, *arguments: str) -> Non
             if where in ("writing", "logging"):  # half of it is on the disk
                 original(*args, **kwargs)
             Path(marker).touch()
+            if where == "memory":
+                raise torch.OutOfMemoryError("Tried to allocate 8 GiB")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
