@@ -29,7 +29,7 @@ from model import Segment, Transformer
 PREFILL_TOKENS = 16384  # prompts are computed in batches of about so many tokens
 ROOM = 1 / 8  # rows that ended are taken out, and groups admitted, when they are this share: moving a cache costs
 GROWTH = 32  # columns by which the rows' own cache grows
-COHORTS = 2  # parts of the rows' own cache, by age
+COHORTS = 2  # parts into which the rows are split by age
 
 
 @dataclass(frozen=True)
@@ -353,12 +353,12 @@ class _Batch:
     def step(self) -> None:
         """One more token for every row.
 
-        An accelerator is given the step as one recorded graph: a small model's kernels end sooner than Python starts
-        them. Rows that come or go, and caches that grow, make it record again.
+        A "cuda" device is given the step as one recorded graph: kernels of 64 rows end sooner than Python starts them.
+        Rows that come or go, and caches that grow, make it record again.
         """
         if self.cache.make_room():
             self._changed()
-        if self.device.type == "cpu" or not self.warm:
+        if self.device.type != "cuda" or not self.warm:
             self.warm = True
             return self._advance()
         if self.graph is None:

@@ -403,7 +403,7 @@ def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> Non
         say(f"step {step}, a rollout:\n  ...{row['context'][-160:]!r}\n  truth {row['truth']!r}; reward "
             f"{row['reward']:g}, advantage {row['advantage']:+.2f}, {row['tokens']} tokens\n"
             f"  response {row['response']!r}")
-    figures = {"reward": "reward", "length": "length", "loss": "loss", "gradient": "grad_norm"}
+    figures = {"reward": "reward", "accuracy": "accuracy", "length": "length", "loss": "loss", "gradient": "grad_norm"}
     speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
     bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in figures.items() if key in metrics}
                     | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)

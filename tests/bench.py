@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import ModelConfig, Transformer, read_config  # noqa: E402
 from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
-from sampler import Completion, _Batch, generate  # noqa: E402
+from sampler import Completion, _Batch, generate, prefill  # noqa: E402
 from tests.rivals import in_transformers, trl_steps, trl_trainer  # noqa: E402
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
@@ -117,6 +117,19 @@ def sampling(model: Transformer, cases: Sequence[tuple[int, int, int]], repeats:
         if rival is not None:
             table[f"{name}: ours / transformers"] = (
                 table[f"{name}: ours, tokens/s"] / table[f"{name}: transformers, tokens/s"])
+    return table
+
+
+@torch.no_grad()
+def prefix(quick: bool) -> dict[str, float]:
+    """Computing 8 prompts that share their beginning, against 8 that share nothing: how many times as fast."""
+    model, table = policy(), {}
+    for length, common in ((256, 128), (256, 230), (1024, 512), (1024, 960)):
+        first, *rest = questions(8, length)
+        prompts = {"apart": [first, *rest], "alike": [first, *(first[:common] + run[common:] for run in rest)]}
+        seconds = in_turns(1 if quick else 5, **{name: lambda runs=runs: list(prefill(model, runs, torch.device("cpu")))
+                                                 for name, runs in prompts.items()})
+        table[f"{common} of {length} tokens in common: apart / alike"] = seconds["apart"] / seconds["alike"]
     return table
 
 
@@ -310,7 +323,7 @@ def one_of_several() -> dict:
 
 
 def main() -> None:
-    sections = {f.__name__: f for f in (rollout, accelerator, decode, ragged, train, step, logprobs, growth)}
+    sections = {f.__name__: f for f in (rollout, accelerator, prefix, decode, ragged, train, step, logprobs, growth)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--quick", action="store_true", help="one turn of each, and less work")
