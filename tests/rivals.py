@@ -5,8 +5,6 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import torch
-
 from model import Transformer, save_pretrained
 
 
