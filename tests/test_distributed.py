@@ -100,7 +100,7 @@ def test_a_killed_process_loses_nothing(toy, undisturbed, tmp_path, where, call)
 
 
 def test_a_process_out_of_memory_says_what_to_lower_and_the_same_command_goes_on(toy, undisturbed, tmp_path):
-    run = (WORKER, "crash", "memory", 2, 1, tmp_path / "once", *arguments(toy, tmp_path / "run"))
+    run = (WORKER, "crash", "memory", 1, 1, tmp_path / "once", *arguments(toy, tmp_path / "run"))
     failed = torchrun(2, *run, check=False)
     assert failed.returncode and "out of memory (Tried to allocate 8 GiB): lower --micro-tokens" in failed.stderr
     torchrun(2, *run)
