@@ -350,3 +350,28 @@ def test_generate_creates_nothing_on_an_implicit_device():
     finally:
         torch.set_default_device(None)
     assert elsewhere == wanted
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("max_rows", [None, 7])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_an_accelerator_samples_what_the_cpu_samples(model_type, max_rows):
+    arguments = {"samples": 4, "max_new_tokens": 70, "eos_ids": EOS[:1], "max_rows": max_rows, "temperature": 1.2}
+    wanted = generate(tiny(model_type, seed=6), PROMPTS, **arguments)
+    there = tiny(model_type, seed=6).to(torch.accelerator.current_accelerator())
+    for group, others in zip(generate(there, PROMPTS, **arguments), wanted):
+        assert all(map(same, group, others))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device")
+def test_decoding_does_not_make_the_host_wait():
+    batch = sampler._Batch(tiny().to("cuda"), 100, 1.0, EOS, 0)
+    with torch.no_grad():
+        batch.admit([(i, range(4)) for i in range(len(PROMPTS))], PROMPTS, range(len(PROMPTS)))
+        batch.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(60):
+                batch.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
