@@ -354,7 +354,8 @@ class _Batch:
         """One more token for every row.
 
         A "cuda" device is given the step as one recorded graph: kernels of 64 rows end sooner than Python starts them.
-        Rows that come or go, and caches that grow, make it record again.
+        Rows that come or go, and caches that grow, make it record again. (ROCm has that device name and class too;
+        torch.accelerator has graphs only in releases later than the oldest we run on.)
         """
         if self.cache.make_room():
             self._changed()

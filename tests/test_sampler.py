@@ -115,7 +115,14 @@ SLOW = pytest.mark.skipif("RPT_TEST_SLOW" not in os.environ, reason="RPT_TEST_SL
 
 
 @pytest.mark.parametrize("much", [False, pytest.param(True, marks=SLOW)])
-def test_compiled_blocks_and_decoding_compute_the_same(much):
+def test_compiled_blocks_and_decoding_compute_the_same(much, monkeypatch):
+    used, compile = Counter(), torch.compile
+
+    def counting(function, **how):
+        fused = compile(function, **how)
+        return lambda *arguments: (used.update([function.__name__]), fused(*arguments))[1]
+
+    monkeypatch.setattr(torch, "compile", counting)
     plain, compiled = tiny("qwen3", seed=6), tiny("qwen3", seed=6)
     compiled.compile_blocks()
     prompts = PROMPTS if much else [[1, 2, 3], [4, 5, 6]]
@@ -124,6 +131,7 @@ def test_compiled_blocks_and_decoding_compute_the_same(much):
     sampled = generate(plain, prompts, **arguments)
     for group, others in zip(generate(compiled, prompts, **arguments), sampled):
         assert all(map(same, group, others))
+    assert used.keys() == {"before", "after", "attend_shared"} and min(used.values()) >= 2 * 19  # layers, steps
     if much:  # training too
         batch = [(Group((0, n), None, prompt, group, [], [], []), [0, 1, 2])
                  for n, (prompt, group) in enumerate(zip(prompts, sampled))]
