@@ -35,7 +35,6 @@ from sampler import Completion, generate, pad, uniforms
 STD_EPSILON = 1e-6  # added to a group's standard deviation; groups without any are exactly zero before it matters
 LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
 EASY = 2**40  # stands for the number of a sample where randomness is needed for a whole group
-HEAD_CHUNK = 2**25  # logits held at a time by token_logprobs: 128 MiB of float32
 
 
 def option(default, doc: str, **more):
@@ -184,14 +183,23 @@ class _HeadLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
+def head_chunk(vocab_size: int) -> int:
+    """Tokens whose logits are held at a time.
+
+    Few, so that a million logits stay in a CPU's cache and below the size that malloc takes from the kernel and gives
+    back each time; but at least 192, because every chunk reads and writes the head's whole gradient.
+    """
+    return max(192, 2**20 // vocab_size)
+
+
 def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
                    temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden_size], targets [N] -> log-probability of each target and entropy of its distribution.
 
-    Both float32 [N], in nats, at `temperature`, both differentiable. The [N, vocabulary] logits never exist: at most
-    HEAD_CHUNK of them do at a time, and the backward pass computes them again.
+    Both float32 [N], in nats, at `temperature`, both differentiable. The [N, vocabulary] logits never exist: only
+    those of a chunk of tokens do at a time, and the backward pass computes them again.
     """
-    return _HeadLogprobs.apply(hidden, model.head, targets, temperature, max(1, HEAD_CHUNK // model.config.vocab_size))
+    return _HeadLogprobs.apply(hidden, model.head, targets, temperature, head_chunk(model.config.vocab_size))
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,

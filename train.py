@@ -41,7 +41,7 @@ import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
 from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
 from reward import REWARDS, extract_prediction
-from rpt import HEAD_CHUNK, Group, Method, all_gather, ntp_step, option, rank_and_world, rpt_step
+from rpt import Group, Method, all_gather, head_chunk, ntp_step, option, rank_and_world, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
 
@@ -574,7 +574,7 @@ def _plan_one(run: Run, method: Method, machine: Plan, model: Transformer, proce
     parts = {
         "master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "rollout weights": width * whole,
         "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
-        "logits and head gradient": 4 * (4 * HEAD_CHUNK + c.vocab_size * c.hidden_size)}
+        "logits and head gradient": 4 * c.vocab_size * (4 * head_chunk(c.vocab_size) + c.hidden_size)}
     fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
     training = sum(parts.values()) - parts["rollout weights"]
     rows = min(method.max_rows, -(-method.questions * method.group_size // processes))

@@ -109,9 +109,9 @@ def test_weights_make_the_loss_the_mean_they_name(normalize):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("chunk", [40, 40 * 7, 2**24])  # one token at a time, a ragged last chunk, everything at once
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])  # one token at a time, a ragged last chunk, everything at once
 def test_token_logprobs_equal_the_full_softmax_in_value_and_gradient(monkeypatch, tied, chunk):
-    monkeypatch.setattr(rpt, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(rpt, "head_chunk", lambda vocab_size: chunk)
     model, temperature = tiny(tie_word_embeddings=tied), 0.7
     hidden, targets = torch.randn(23, 32, requires_grad=True), torch.randint(40, (23,))
     by_logprob, by_entropy = torch.randn(23), torch.randn(23)
