@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Transformer, load_pretrained, read_json, resolve
+from model import Transformer, all_gather, load_pretrained, rank_and_world, read_json, resolve
 from reward import reachable
 from sampler import pad
 
@@ -297,13 +297,12 @@ def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tens
 
 
 def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path,
-                 window: int = 4096, batch_tokens: int = 16384, rank: int = 0,
-                 gather: Callable = lambda part: [part]) -> list[np.ndarray]:
+                 window: int = 4096, batch_tokens: int = 16384) -> list[np.ndarray]:
     """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
 
     Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
     `fingerprint` so that a changed input never meets it. A finished file needs no model. Runs longer than `window` are
-    read in windows that overlap by half. Each process computes its share, and `gather` returns everyone's.
+    read in windows that overlap by half. Each process computes its share, and gets everyone's.
     """
     pieces = []  # (run, first id read, first position wanted, end)
     for run, ids in enumerate(runs):
@@ -318,7 +317,8 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
     starts = np.cumsum([0, *(sum(end - want for _, _, want, end in batch) for batch in batches)])  # in the file
     done = np.fromfile(file, np.float32) if file.exists() else np.zeros(0, np.float32)
     first = int(np.searchsorted(starts, len(done), side="right")) - 1  # a batch that was not finished is done again
-    values, world, bos = [done[: starts[first]]], len(gather(None)), tokenizer.bos
+    values, bos, (rank, world) = [done[: starts[first]]], tokenizer.bos, rank_and_world()
+    all_gather(None)  # everyone has read the file
     if rank == 0:
         values[0].tofile(file)
     bar = tqdm(total=int(starts[-1]), initial=int(starts[first]), unit="tok", desc="entropy", disable=rank > 0)
@@ -329,7 +329,7 @@ def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence
             entropy = next_token_entropy(model, ids).float().cpu().numpy()
             entropy = np.pad(entropy, ((0, 0), (1 - len(bos), 0)), constant_values=np.nan)
             part = np.concatenate([e[want - begin: end - begin] for e, (_, begin, want, end) in zip(entropy, batch)])
-        values.append(np.concatenate(gather(part)))
+        values.append(np.concatenate(all_gather(part)))
         bar.update(len(values[-1]))
         if rank == 0:
             with open(file, "ab") as out:
@@ -437,8 +437,7 @@ def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: S
 
 def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: str | Path, cache: Path, *, holdout: int,
                   selector: str, value: float, min_context: int, part: str, seed: int, window: int,
-                  device: torch.device, dtype: torch.dtype, rank: int = 0,
-                  gather: Callable = lambda part: [part]) -> tuple[QuestionSet, QuestionSet, str]:
+                  device: torch.device, dtype: torch.dtype) -> tuple[QuestionSet, QuestionSet, str]:
     """The questions to train on, those of held-out documents (entropy above 0.5), and a table of what was kept.
 
     The entropies under the proxy, a model directory or hub id, are kept in `cache`, in a file named by the content
@@ -456,7 +455,7 @@ def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: st
     if not file.exists() or file.stat().st_size < 4 * sum(map(len, ids)):
         model = load_pretrained(proxy, device, dtype)
         check_vocabulary(tokenizer, model.config.vocab_size, proxy)
-    entropies, split = entropy_pass(model, tokenizer, ids, file, window, rank=rank, gather=gather), len(train)
+    entropies, split = entropy_pass(model, tokenizer, ids, file, window), len(train)
     asked = select_positions(tokenizer, train, ids[:split], entropies[:split], selector, value, min_context, part, seed)
     asked_held = select_positions(tokenizer, held, ids[split:], entropies[split:], "threshold", 0.5, min_context, part)
     found = np.concatenate([[], *entropies[:split]])

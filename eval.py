@@ -2,6 +2,7 @@
 
     python eval.py runs/toy                                     the accuracies of a run, on its held-out documents
     python eval.py MODEL_DIR --corpus FILE                      those of any model, on any corpus
+    python eval.py MODEL_DIR --choices FILE                     zero-shot multiple choice, on rows in MMLU-Pro's format
 
 First the measurements on a model, then the statistics, which need numpy alone.
 """
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 
 from data import TEMPLATES, Question, Tokenizer, prompt_ids, question_sets, read_corpus
-from model import DTYPES, Transformer, load_pretrained, read_json, resolve
+from model import DTYPES, Transformer, all_gather, load_pretrained, rank_and_world, read_json, resolve
 from reward import answer_match, extract_prediction, prefix_match
-from rpt import Group, Method, all_gather, completion_logprobs, rank_and_world, unsharded
-from sampler import Completion, generate, pad
+from rpt import Group, Method, completion_logprobs, unsharded
+from sampler import Completion, generate, last_hidden
 
 OUR_OWN = ("questions", "device", "out")  # options that do not mean here what they mean to train.py
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
@@ -48,12 +49,11 @@ def standard_predictions(model: Transformer, tokenizer: Tokenizer, questions: Se
     """
     runs = [[*tokenizer.bos, *question.context[-window:]] for question in questions]
     out: list[bytes] = [b""] * len(runs)
-    order, device = sorted(range(len(runs)), key=lambda i: len(runs[i])), model.head.device
+    order = sorted(range(len(runs)), key=lambda i: len(runs[i]))
     while order:
         size = max(1, batch_tokens // len(runs[order[-1]]))
         batch, order = order[-size:], order[:-size]
-        lengths = torch.tensor([len(runs[i]) for i in batch], device=device)
-        hidden = model(pad([runs[i] for i in batch], device))[torch.arange(len(batch), device=device), lengths - 1]
+        hidden = last_hidden(model, [runs[i] for i in batch])
         for i, token in zip(batch, model.logits(hidden).argmax(-1).tolist()):
             out[i] = tokenizer.token_bytes(token)
     return out
@@ -106,9 +106,18 @@ class Choice:
 
 
 def read_choices(file: Path) -> list[Choice]:
-    """Rows of MMLU-Pro's format: question, options, answer_index."""
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    return [Choice(row["question"], tuple(row["options"]), row["answer_index"]) for row in rows]
+    """JSON lines in MMLU-Pro's format: question, options, answer_index; a ValueError names file and line."""
+    choices = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            choices.append(Choice(row["question"], tuple(row["options"]), row["answer_index"]))
+            valid = 0 <= choices[-1].answer < len(choices[-1].options) <= len(ascii_uppercase)
+        except (ValueError, KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{file} line {number}: expected question, options (at most 26) and answer_index")
+    return choices
 
 
 @torch.no_grad()
@@ -181,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
     for name, default, text, *choices in (
             ("corpus", "", ".jsonl, .txt or folder"),
+            ("choices", "", "multiple-choice questions instead: .jsonl of question, options, answer_index"),
             ("proxy", "", "model whose entropy makes the splits; by default the model itself"),
             ("template", "v0", "prompt template", TEMPLATES), ("temperature", 0.8, "of the responses"),
             ("max-prompt", 4096, "tokens"), ("max-response", 8192, "tokens"), ("seed", 0, "of everything"),
@@ -205,17 +215,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(args: argparse.Namespace, run: dict) -> str:
     """Evaluates as the command line says; the table as text. run: the settings in run.json, {} for a model."""
-    if not args.corpus:
+    if not (args.corpus or args.choices):
         raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
+    choices = read_choices(Path(args.choices)) if args.choices else []
     folder, device, dtype = Path(args.directory), torch.device(args.device), DTYPES[args.dtype]
     source = resolve(folder / "model" if run else folder)
     tokenizer = Tokenizer.from_dir(source)
+    method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
+    if choices:
+        records = multiple_choice(load_pretrained(source, device, dtype), tokenizer, choices, method, args.seed)
+        figures = {name: bootstrap_interval([np.mean(record[name]) for record in records], range(len(records)))
+                   for name in ("standard", "reasoning")}
+        return "\n".join([f"accuracy in % on {len(choices)} multiple-choice questions, with 95 % intervals", *(
+            "{:12}{:5.1f} [{:.1f}, {:.1f}]".format(name, *(100 * x for x in at)) for name, at in figures.items())])
     _, held, _ = question_sets(
         tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
         Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
         holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
         min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
-    method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
     records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, args.seed),
                        method, args.samples, args.seed, progress=True)
     if args.out:
@@ -261,14 +278,6 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: 
     draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=resamples)  # [resamples, K]
     low, high = np.quantile((draws @ sums) / (draws @ counts), [(1 - level) / 2, (1 + level) / 2])
     return mean, float(low), float(high)
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[int], level: float = LEVEL,
-                      resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """`bootstrap_interval` of the mean of a - b, both [N], on the same positions in order; ValueError if N differs."""
-    if len(a) != len(b):
-        raise ValueError(f"a has {len(a)} values but b has {len(b)}; measure both on the same positions.")
-    return bootstrap_interval(np.subtract(a, b), clusters, level, resamples, seed)
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -379,7 +388,6 @@ def _fit_rows(log_compute: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np
     slope, intercept, fitted = line(alpha)
     A, P_star = slope / alpha * np.exp(alpha * log_compute.min()), intercept - slope / alpha
     return A[:, 0], alpha[:, 0], P_star[:, 0], fitted
-
 
 
 if __name__ == "__main__":

@@ -25,12 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+# torch's checkpoints and sharded tensors take a second to import: that is done where they are used, not before --help.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit for the JSON header of a file
@@ -401,6 +400,23 @@ class Segment:
         return torch.cat((before, own), dim=2)[:, None]
 
 
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def all_gather(value: object) -> list:
+    """A small object of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -496,6 +512,8 @@ def load_weights(model: Transformer, directory: Path) -> None:
 
     Raises ValueError with the lists of missing, unexpected and misshapen tensors before anything is read.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     there, state = checkpoint_shapes(directory), model.state_dict()
     if model.lm_head is None:
         there.pop("lm_head.weight", None)  # some tied checkpoints repeat the embedding
@@ -522,6 +540,8 @@ def load_pretrained(path_or_hub_id: str | os.PathLike, device: str | torch.devic
 
 def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=None) -> None:
     """Writes config.json, safetensors in the config's dtype and the tokenizer's files; every rank calls it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     directory, dtype = Path(directory), DTYPES[model.config.dtype]
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
@@ -529,14 +549,14 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
     for name, tensor in state.items():
         filled += tensor.numel() * tensor.element_size()
         files[name] = 1 + filled // FILE_BYTES
-    sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+    sharded = hasattr(model.head, "full_tensor")
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=sharded,
                                       enable_consolidation=sharded)
     if sharded:
         dcp.save(state, storage_writer=writer)
-        if dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             shutil.rmtree(directory / "sharded")  # the parts, after they have been joined
-    elif not dist.is_initialized() or dist.get_rank() == 0:  # a whole model that every process holds is written by one
+    elif rank_and_world()[0] == 0:  # a whole model that every process holds is written by one
         dcp.save(state, storage_writer=writer, no_dist=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     if tokenizer is not None:

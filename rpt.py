@@ -22,15 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from data import TEMPLATES, Question, Tokenizer, prompt_ids
-from model import Segment, Transformer, forward_flops
+from model import Segment, Transformer, all_gather, forward_flops, rank_and_world
 from reward import extract_prediction
-from sampler import Completion, generate, pad, uniforms
+from sampler import Completion, generate, last_hidden, pad, uniforms
 
 STD_EPSILON = 1e-6  # added to a group's standard deviation; groups without any are exactly zero before it matters
 LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
@@ -101,9 +98,7 @@ class Policy:
     @torch.no_grad()
     def _next(self, model: Transformer, runs: Sequence[Sequence[int]]) -> Tensor:
         """Probabilities [n, vocabulary] of the token after each run."""
-        device = model.head.device
-        last = torch.tensor([len(run) - 1 for run in runs], device=device)
-        return model.logits(model(pad(runs, device))[torch.arange(len(runs), device=device), last]).softmax(-1)
+        return model.logits(last_hidden(model, runs)).softmax(-1)
 
     def _plain(self, model: Transformer, question: Question) -> Tensor:
         """Next-token probabilities [vocabulary] behind the context alone."""
@@ -227,23 +222,9 @@ def token_weights(length: int, normalize: str, tokens: int, sequences: int, max_
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def all_gather(value: object) -> list:
-    """A small object of every process, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def all_sum(*values: float) -> list[float]:
     """The sum over all processes of each value, in float64."""
     return [float(sum(column)) for column in zip(*all_gather(values))]
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
@@ -252,7 +233,7 @@ def unsharded(*models: Transformer) -> Iterator[None]:
 
     `no_grad`, because tensors of inference mode would poison the next training step.
     """
-    shards = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = [module for model in models for module in model.modules() if hasattr(module, "unshard")]
     for module in shards:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -336,7 +317,7 @@ def completion_logprobs(model: Transformer, batch: Sequence[tuple[Group, list[in
     rows = [row for row, (_, samples) in enumerate(batch) for _ in samples]
     responses = [group.completions[s].ids for group, samples in batch for s in samples]
     shared = Segment([len(p) for p in prompts], device)
-    last = model(pad(prompts, device), shared)[torch.arange(len(prompts), device=device), shared.lengths - 1]
+    last = last_hidden(model, prompts, shared)
     ids = pad(responses, device)
     own = Segment([len(r) for r in responses], device, shared, rows)
     hidden = torch.cat((last[own.rows][:, None], model(ids, own)[:, :-1]), dim=1)  # [rows, T, hidden_size]
@@ -398,7 +379,7 @@ def optimize(model: Transformer, optimizers: Sequence[torch.optim.Optimizer],
     loss, entropy, off, trained = all_sum(*(sum(part.get(key, 0.0) for part in parts) for key in keys))
     largest = max(all_gather(max((part.get("logprob_diff_max", 0.0) for part in parts), default=0.0)))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(loss + norm):
         return {"skipped": 1.0}
     for optimizer in optimizers:

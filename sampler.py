@@ -261,6 +261,13 @@ def pad(runs: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.from_numpy(ids).to(device)
 
 
+def last_hidden(model: Transformer, runs: Sequence[Sequence[int]], cache: Segment | None = None) -> Tensor:
+    """What predicts the token after each of the runs: hidden [n, hidden_size] of their last tokens."""
+    device = model.head.device
+    last = torch.tensor([len(run) - 1 for run in runs], device=device)
+    return model(pad(runs, device), cache)[torch.arange(len(runs), device=device), last]
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two runs have in common at their beginning."""
     n = min(len(a), len(b))
@@ -268,7 +275,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return int(different[0]) if len(different) else n
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterable[tuple]:
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Iterable[tuple]:
     """Computes prompts; yields (indices, Segment, hidden of each last token [n, hidden_size]).
 
     A prompt that shares at least half of its tokens with a longer one, as do questions about one document, is not
@@ -283,18 +290,14 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], device: torch.
         else:
             tails.append((i, best, shared[best]))
 
-    def last(segment: Segment, runs: Sequence[Sequence[int]]) -> Tensor:
-        hidden = model(pad(runs, device), segment)
-        return hidden[torch.arange(len(runs), device=device), segment.lengths - 1]
-
-    whole = [prompts[i] for i in roots]
+    whole, device = [prompts[i] for i in roots], model.head.device
     segment = Segment([len(run) for run in whole], device)
-    yield roots, segment, last(segment, whole)
+    yield roots, segment, last_hidden(model, whole, segment)
     if tails:
         runs = [prompts[i][shared:] for i, _, shared in tails]
         rest = Segment([len(run) for run in runs], device, segment, [root for _, root, _ in tails],
                        [shared for _, _, shared in tails])
-        yield [i for i, _, _ in tails], rest, last(rest, runs)
+        yield [i for i, _, _ in tails], rest, last_hidden(model, runs, rest)
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -324,7 +327,7 @@ class _Batch:
     def admit(self, jobs: Sequence[Job], prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> None:
         """Computes the prompts of the jobs (prompt, samples) and samples each row's first token."""
         self._changed()
-        for indices, segment, hidden in prefill(self.model, [prompts[job[0]] for job in jobs], self.device):
+        for indices, segment, hidden in prefill(self.model, [prompts[job[0]] for job in jobs]):
             chosen = [jobs[i] for i in indices]
             counts = [len(samples) for _, samples in chosen]
             self.cache.admit(segment, counts)

@@ -29,19 +29,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
-from model import DTYPES, ModelConfig, Transformer, forward_flops, load_weights, read_config, resolve, save_pretrained
+from model import (DTYPES, ModelConfig, Transformer, all_gather, forward_flops, load_weights, rank_and_world,
+                   read_config, resolve, save_pretrained)
 from reward import REWARDS, extract_prediction
-from rpt import Group, Method, all_gather, head_chunk, ntp_step, option, rank_and_world, rpt_step
+from rpt import Group, Method, head_chunk, ntp_step, option, rpt_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
 
@@ -178,6 +174,8 @@ def shard_size(run: Run, world: int) -> int:
 
 def shard(model: Transformer, run: Run, device_type: str) -> None:
     """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     world = dist.get_world_size()
     size = shard_size(run, world)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
@@ -288,6 +286,7 @@ class RunFolder(contextlib.ExitStack):
 
     def save(self, step: int, keep: int, strikes: int, *trained) -> None:
         """A checkpoint of what is `trained` (see training_state) after `step` steps; the newest `keep` stay."""
+        import torch.distributed.checkpoint as dcp
         with replacing(self.path / "checkpoints" / f"step-{step:06d}") as aside:
             dcp.save(training_state(*trained), checkpoint_id=aside)
             mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] if self.rank == 0 else [])]
@@ -304,6 +303,8 @@ class RunFolder(contextlib.ExitStack):
 
     def resume(self, model: Transformer, optimizers: list, average: Transformer | None) -> tuple[int, int]:
         """Loads the newest intact checkpoint, cuts the logs to it; (steps done, strikes), (0, 0) without one."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
         state = {"step": 0, "strikes": 0, "logs": dict.fromkeys(self.LOGS, 0)}
         for place in sorted(self.path.glob("checkpoints/step-*"), reverse=True):
             if problem := next(filter(None, all_gather(self._damage(place))), None):
@@ -337,6 +338,7 @@ FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "p
 
 def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
     """What a checkpoint holds: weights, moments, and the averaged weights if the reward needs them."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
     weights, moments = get_state_dict(model, optimizers)
     return {"model": weights, "optimizers": moments} | ({"average": average.state_dict()} if average else {})
 
@@ -498,8 +500,7 @@ def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transforme
         questions, held, table = question_sets(
             tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout,
             selector=run.selector, value=run.select, min_context=run.min_context, part=run.part, seed=run.seed,
-            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype], rank=rank_and_world()[0],
-            gather=all_gather)
+            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype])
     say(table)
     held = evaluation.subset(held, run.eval_questions, run.seed)
 
@@ -612,6 +613,7 @@ def _plan_one(run: Run, method: Method, machine: Plan, model: Transformer, proce
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     run, method, machine = parse(argv)
+    from torch.distributed.checkpoint.api import CheckpointException  # see model.py
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
     try:
         if run.plan:

@@ -127,7 +127,7 @@ def prefix(quick: bool) -> dict[str, float]:
     for length, common in ((256, 128), (256, 230), (1024, 512), (1024, 960)):
         first, *rest = questions(8, length)
         prompts = {"apart": [first, *rest], "alike": [first, *(first[:common] + run[common:] for run in rest)]}
-        seconds = in_turns(1 if quick else 5, **{name: lambda runs=runs: list(prefill(model, runs, torch.device("cpu")))
+        seconds = in_turns(1 if quick else 5, **{name: lambda runs=runs: list(prefill(model, runs))
                                                  for name, runs in prompts.items()})
         table[f"{common} of {length} tokens in common: apart / alike"] = seconds["apart"] / seconds["alike"]
     return table

@@ -548,8 +548,8 @@ RUNS = [random.Random(n).choices(range(40), k=size)
         for n, size in enumerate((5, 16, 17, 1, 60, 24, 25, 9, 41, 16, 2, 7))]
 
 
-def pass_over(model, bos, file, rank=0, gather=lambda part: [part]):
-    return entropy_pass(model, SimpleNamespace(bos=bos), RUNS, file, WINDOW, batch_tokens=40, rank=rank, gather=gather)
+def pass_over(model, bos, file):
+    return entropy_pass(model, SimpleNamespace(bos=bos), RUNS, file, WINDOW, batch_tokens=40)
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -608,32 +608,28 @@ def test_an_interrupted_pass_resumes_to_the_same_bits(bos, tmp_path, monkeypatch
         assert len(calls) == batches - sum(0 < boundary <= size for boundary in (*boundaries, len(content)))
 
 
-class Gather:
-    """all_gather for threads that stand for processes."""
-
-    def __init__(self, world: int):
-        self.values, self.barrier = [None] * world, threading.Barrier(world)
-
-    def of(self, rank: int):
-        def gather(value: object) -> list:
-            self.values[rank] = value
-            self.barrier.wait(20)
-            values = list(self.values)
-            self.barrier.wait(20)
-            return values
-        return gather
-
-
 @pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_give_what_one_gives(world, tmp_path):
+def test_several_processes_give_what_one_gives(world, tmp_path, monkeypatch):
     model, alone, shared = tiny(), tmp_path / "1.f32", tmp_path / "n.f32"
     whole = pass_over(model, [], alone)
+    me, values, barrier = threading.local(), [None] * world, threading.Barrier(world)  # threads stand for processes
+
+    def gather(value: object) -> list:
+        values[me.rank] = value
+        barrier.wait(20)
+        gathered = list(values)
+        barrier.wait(20)
+        return gathered
+
+    monkeypatch.setattr(data, "all_gather", gather)
+    monkeypatch.setattr(data, "rank_and_world", lambda: (me.rank, world))
     for size in (0, 0, 101, 400, 4 * sum(map(len, RUNS))):  # from the beginning, and resumed within a batch
         shared.write_bytes(alone.read_bytes()[:size])
-        gather, results = Gather(world), [None] * world
+        results = [None] * world
 
         def process(rank: int) -> None:
-            results[rank] = pass_over(model, [], shared, rank, gather.of(rank))
+            me.rank = rank
+            results[rank] = pass_over(model, [], shared)
 
         threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world)]
         for thread in threads:

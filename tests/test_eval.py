@@ -1,6 +1,9 @@
 """The measurements on a model: accuracies, multiple choice, tables. (The statistics: test_statistics.py.)"""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +84,24 @@ def test_rows_of_mmlu_pros_format_are_choices(tmp_path):
                                                      "answer_index": 1, "category": "math"}) + "\n")
     (choice,) = evaluation.read_choices(tmp_path / "rows.jsonl")
     assert choice.prompt == "1 + 1?\n(A) 1\n(B) 2" and choice.answer == 1
+
+
+def test_the_command_measures_multiple_choice(toy, tmp_path, capsys):
+    rows = [{"question": s.problem, "options": list(s.cups), "answer_index": s.cups.index(s.ball[-1])}
+            for s in toy_stories(6, seed=79)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, command = str(toy / "base" / "model"), ["--choices", str(tmp_path / "rows.jsonl"), "--max-response", "40"]
+    evaluation.main([model, *command])
+    tokenizer, method = Tokenizer.from_dir(model), replace(METHOD, temperature=0.8, max_response=40, max_prompt=4096)
+    records = multiple_choice(load_pretrained(model), tokenizer, evaluation.read_choices(Path(command[1])), method)
+    said = capsys.readouterr().out
+    for name in ("standard", "reasoning"):
+        assert re.search(rf"^{name} +{100 * np.mean([record[name] for record in records]):.1f} \[", said, re.M)
+    with open(command[1], "a") as out:
+        out.write('{"question": "?", "options": ["1"], "answer_index": 1}\n')
+    with pytest.raises(SystemExit):
+        evaluation.main([model, *command])
+    assert "rows.jsonl line 7: expected question" in capsys.readouterr().err
 
 
 def test_the_command_measures_a_model_on_a_corpus(toy, tmp_path, capsys):

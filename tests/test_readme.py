@@ -48,7 +48,7 @@ def test_every_option_the_readme_names_exists():
     known |= {"--no-" + f.name.replace("_", "-")
               for kind in (train.Run, Method) for f in dataclasses.fields(kind) if f.type is bool}
     known |= {"--nproc-per-node", "--max-restarts", "--quick", "--processes", "--kills", "--samples", "--only",
-              "--figures"}
+              "--figures", "--choices"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 

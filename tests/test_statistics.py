@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eval import (PATTERNS, bootstrap_interval, fit_power_law, majority_vote, pass_at_k, paired_difference,
-                  power_law_intervals, reasoning_patterns)
+from eval import (PATTERNS, bootstrap_interval, fit_power_law, majority_vote, pass_at_k, power_law_intervals,
+                  reasoning_patterns)
 
 
 def documents(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,23 +58,6 @@ def test_bootstrap_interval_without_spread_between_clusters_to_see_is_nan():
     assert mean == 0.5 and math.isnan(low) and math.isnan(high)
     with pytest.raises(ValueError, match="2 values but 3"):
         bootstrap_interval([1, 0], [0, 1, 2])
-
-
-def test_paired_difference_covers_the_true_gain_and_sees_it_where_separate_intervals_overlap():
-    rng = np.random.default_rng(3)
-    covered, seen, separate = 0, 0, 0
-    for seed in range(200):
-        b, labels = documents(rng, 60)
-        a = np.where(rng.random(len(b)) < 0.1, 1.0, b)  # a tenth is put right: a gain of 0.1 * 0.5
-        mean, low, high = paired_difference(a, b, labels, resamples=400, seed=seed)
-        assert mean == pytest.approx(a.mean() - b.mean())
-        covered += low <= 0.05 <= high
-        seen += low > 0
-        separate += bootstrap_interval(a, labels, resamples=400)[1] > bootstrap_interval(b, labels, resamples=400)[2]
-    assert 0.90 <= covered / 200 <= 0.985
-    assert seen == 200 and separate < 20
-    with pytest.raises(ValueError, match="same positions"):
-        paired_difference([1, 0], [1], [0, 1])
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import train
@@ -171,14 +172,14 @@ def test_three_steps_without_finite_numbers_stop_the_run(toy, tmp_path, capsys, 
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(toy, run, tmp_path, capsys, monkeypatch):
-    out, save = tmp_path / "run", train.dcp.save
+    out, save = tmp_path / "run", dcp.save
 
     def full(*args, **kwargs):
         if len(list((out / "checkpoints").glob("step-*"))) == 2:
             raise OSError(28, "No space left on device")
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(train.dcp, "save", full)
+    monkeypatch.setattr(dcp, "save", full)
     assert "No space left on device" in refused(capsys, *small(toy, out))
     monkeypatch.undo()
     train.main(small(toy, out))

@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
 
 import rpt  # noqa: E402
 import train  # noqa: E402
 from data import Question, toy_stories, toy_tokenizer  # noqa: E402
 from helpers import tiny  # noqa: E402
+from model import all_gather  # noqa: E402
 
 
 def uneven(responses, question, policy):
@@ -47,7 +49,7 @@ def steps(out: str, micro_tokens: str, shard_group: str) -> None:
         measured.pop("time")
         metrics.append(measured)
         mine = [(g.number, [c.ids for c in g.completions], g.rewards) for g in groups]
-        rollouts.append(sorted(g for part in rpt.all_gather(mine) for g in part))
+        rollouts.append(sorted(g for part in all_gather(mine) for g in part))
     weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.state_dict().items()}
     if dist.get_rank() == 0:
         torch.save({"rollouts": rollouts, "metrics": metrics, "weights": weights}, out)
@@ -55,7 +57,7 @@ def steps(out: str, micro_tokens: str, shard_group: str) -> None:
 
 
 def crash(where: str, call: str, rank: str, marker: str, *arguments: str) -> None:
-    owner, name = {"rollout": (rpt, "generate"), "training": (rpt, "policy_loss"), "writing": (train.dcp, "save"),
+    owner, name = {"rollout": (rpt, "generate"), "training": (rpt, "policy_loss"), "writing": (dcp, "save"),
                    "renaming": (train, "write_json"), "logging": (train.RunFolder, "log"),
                     "memory": (rpt, "policy_loss")}[where]
     original, calls = getattr(owner, name), [0]
