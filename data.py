@@ -209,7 +209,7 @@ def _document(row: object, id: int, where: str) -> Document:
     return Document(text, id, problem if problem and text.startswith(problem) else None, get.get("answer"))
 
 
-def _rows(file: Path) -> Iterator[tuple[object, str]]:
+def file_rows(file: Path) -> Iterator[tuple[object, str]]:
     """The documents of one file as (row, place); a line is never read beyond its limit."""
     is_json = file.suffix == ".jsonl"
     with open(file, "rb") as content:
@@ -244,7 +244,7 @@ def read_corpus(path: str | Path) -> list[Document]:
     if not files:
         raise ValueError(f"{path}: a corpus is a .jsonl or .txt file, or a folder of them")
     try:
-        rows = chain.from_iterable(map(_rows, files))
+        rows = chain.from_iterable(map(file_rows, files))
         documents = [_document(row, id, where) for id, (row, where) in enumerate(rows)]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

@@ -22,7 +22,7 @@ from string import ascii_uppercase
 import numpy as np
 import torch
 
-from data import TEMPLATES, Question, Tokenizer, prompt_ids, question_sets, read_corpus
+from data import TEMPLATES, Question, Tokenizer, file_rows, prompt_ids, question_sets, read_corpus
 from model import DTYPES, Transformer, all_gather, load_pretrained, rank_and_world, read_json, resolve
 from reward import answer_match, extract_prediction, prefix_match
 from rpt import Group, Method, completion_logprobs, unsharded
@@ -108,15 +108,15 @@ class Choice:
 def read_choices(file: Path) -> list[Choice]:
     """JSON lines in MMLU-Pro's format: question, options, answer_index; a ValueError names file and line."""
     choices = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            choices.append(Choice(row["question"], tuple(row["options"]), row["answer_index"]))
-            valid = 0 <= choices[-1].answer < len(choices[-1].options) <= len(ascii_uppercase)
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise ValueError(f"{file} line {number}: expected question, options (at most 26) and answer_index")
+    for row, where in file_rows(file):
+        question, options, answer = map((row if isinstance(row, dict) else {}).get,
+                                        ("question", "options", "answer_index"))
+        if not (isinstance(question, str) and isinstance(options, list) and isinstance(answer, int)
+                and 0 <= answer < len(options) <= len(ascii_uppercase)):
+            raise ValueError(f"{where}: expected question, options (at most 26) and answer_index")
+        choices.append(Choice(question, tuple(map(str, options)), answer))
+    if not choices:
+        raise ValueError(f"{file}: no questions")
     return choices
 
 
@@ -176,6 +176,17 @@ def table(models: dict[str, Sequence[dict]]) -> str:
     return "\n".join(lines)
 
 
+def choice_table(models: dict[str, Sequence[dict]]) -> str:
+    """The form of the paper's table 3 for records of `multiple_choice` by model name."""
+    lines = ["multiple-choice accuracy in %, with 95 % intervals over questions"]
+    for measure in ("standard", "reasoning"):
+        for name, records in models.items():
+            values = [np.mean(record[measure]) for record in records]
+            mean, low, high = (100 * x for x in bootstrap_interval(values, range(len(values))))
+            lines.append(f"{name + ', ' + measure:26}{mean:6.1f} [{low:.1f}, {high:.1f}]   ({len(values)} questions)")
+    return "\n".join(lines)
+
+
 def growth(metrics: Path) -> str:
     """How reward and response length went in a run, from its metrics.jsonl."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -223,21 +234,20 @@ def report(args: argparse.Namespace, run: dict) -> str:
     tokenizer = Tokenizer.from_dir(source)
     method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
     if choices:
-        records = multiple_choice(load_pretrained(source, device, dtype), tokenizer, choices, method, args.seed)
-        figures = {name: bootstrap_interval([np.mean(record[name]) for record in records], range(len(records)))
-                   for name in ("standard", "reasoning")}
-        return "\n".join([f"accuracy in % on {len(choices)} multiple-choice questions, with 95 % intervals", *(
-            "{:12}{:5.1f} [{:.1f}, {:.1f}]".format(name, *(100 * x for x in at)) for name, at in figures.items())])
-    _, held, _ = question_sets(
-        tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
-        Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
-        holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
-        min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
-    records = evaluate(load_pretrained(source, device, dtype), tokenizer, subset(held, args.questions, args.seed),
-                       method, args.samples, args.seed, progress=True)
+        model = load_pretrained(source, device, dtype)
+        records, show = multiple_choice(model, tokenizer, choices, method, args.seed), choice_table
+    else:
+        _, held, _ = question_sets(
+            tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
+            Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
+            holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
+            min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
+        model, show = load_pretrained(source, device, dtype), table
+        records = evaluate(model, tokenizer, subset(held, args.questions, args.seed), method, args.samples, args.seed,
+                           progress=True)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return table({folder.name: records})
+    return show({folder.name: records})
 
 
 # ---- statistics

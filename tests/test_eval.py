@@ -91,12 +91,14 @@ def test_the_command_measures_multiple_choice(toy, tmp_path, capsys):
             for s in toy_stories(6, seed=79)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, command = str(toy / "base" / "model"), ["--choices", str(tmp_path / "rows.jsonl"), "--max-response", "40"]
-    evaluation.main([model, *command])
+    evaluation.main([model, *command, "--out", str(tmp_path / "records.jsonl")])
     tokenizer, method = Tokenizer.from_dir(model), replace(METHOD, temperature=0.8, max_response=40, max_prompt=4096)
     records = multiple_choice(load_pretrained(model), tokenizer, evaluation.read_choices(Path(command[1])), method)
     said = capsys.readouterr().out
     for name in ("standard", "reasoning"):
-        assert re.search(rf"^{name} +{100 * np.mean([record[name] for record in records]):.1f} \[", said, re.M)
+        assert re.search(rf"^model, {name} +{100 * np.mean([record[name] for record in records]):.1f} \[", said, re.M)
+    assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == [
+        record | {"entropy": pytest.approx(float("nan"), nan_ok=True)} for record in records]
     with open(command[1], "a") as out:
         out.write('{"question": "?", "options": ["1"], "answer_index": 1}\n')
     with pytest.raises(SystemExit):
