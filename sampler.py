@@ -366,8 +366,9 @@ class _Batch:
             self.warm = True
             return self._advance()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            module = torch.get_device_module(self.device)
+            self.graph = module.CUDAGraph()
+            with module.graph(self.graph):
                 self._advance()
         self.graph.replay()
 
