@@ -549,7 +549,7 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
     for name, tensor in state.items():
         filled += tensor.numel() * tensor.element_size()
         files[name] = 1 + filled // FILE_BYTES
-    sharded = hasattr(model.head, "full_tensor")
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in state.values())
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=sharded,
                                       enable_consolidation=sharded)
     if sharded:
