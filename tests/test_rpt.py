@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpt
 from data import Question, toy_stories, toy_tokenizer
@@ -106,6 +107,28 @@ def test_weights_make_the_loss_the_mean_they_name(normalize):
     want = {"token": np.concatenate(losses).mean(), "sequence": np.mean([loss.mean() for loss in losses]),
             "constant": sum(loss.sum() for loss in losses) / (3 * limit)}[normalize]
     assert got == pytest.approx(want)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that an operation returned in one tensor, backward passes included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])
+                                              if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_token_logprobs_never_holds_the_logits_of_all_tokens():
+    for vocabulary in (512, 5000, 20000):
+        model, tokens = tiny(vocab_size=vocabulary), 3 * max(192, 2**20 // vocabulary)
+        hidden, targets = torch.randn(tokens, 32, requires_grad=True), torch.randint(vocabulary, (tokens,))
+        with Largest() as largest:
+            logprobs, entropy = token_logprobs(model, hidden, targets)
+            (logprobs + entropy).sum().backward()
+        assert model.head.numel() <= largest.elements <= tokens * vocabulary / 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
