@@ -1,16 +1,14 @@
-"""What all tests share: one thread, and a weak base model for those that need a policy with opinions."""
+"""What all tests share: one thread, and the toy world with its base model."""
 
 import os
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small matrices a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second
 
 import pytest  # noqa: E402
-from helpers import weak_base  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A folder with corpus.jsonl, answers.jsonl, and base/model: format learned, stories hardly followed."""
-    folder = tmp_path_factory.mktemp("toy")
-    weak_base(folder)
-    return folder
+def toy():
+    """The folder of corpus.jsonl, answers.jsonl, choices.jsonl and base/, a model with its tokenizer."""
+    return Path(__file__).resolve().parent.parent / "toy"
