@@ -17,6 +17,7 @@ Left out: dropout, sliding windows, quantisation, mixtures of experts. A config 
 refused by name. Shapes: B rows, T tokens, S tokens attended to.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -440,6 +441,45 @@ def all_gather(value: object) -> list:
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_sum(*values: float) -> list[float]:
+    """The sum over all processes of each value, in float64."""
+    return [float(sum(column)) for column in zip(*all_gather(values))]
+
+
+def choose_device(name: str = "") -> torch.device:
+    """This process's device: `name`, or the accelerator if there is one. ValueError if it is not
+    on this machine."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu"] if there is None else ["cpu", there.type]
+    if name not in ("", *known):
+        raise ValueError(f"--device {name}: this machine has {' and '.join(known)}")
+    kind = name or known[-1]
+    return torch.device(kind, None if kind == "cpu" else int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextlib.contextmanager
+def unsharded(model: "Transformer") -> Iterator[None]:
+    """Holds the whole weights on every process, so that decoding needs no collective and may differ
+    in length. `no_grad`, because tensors of inference mode would poison the next training step."""
+    shards = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in shards:
+            module.reshard()  # or the next forward pass would see the weights before the update
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def sum_gradients(model: "Transformer", on: bool) -> None:
+    """Whether the next backward pass sums sharded gradients over processes, or keeps its own."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(on)
 
 
 # ------------------------------------------------------------------------------ checkpoints
