@@ -1,37 +1,229 @@
 """Evaluation: the measurements of the paper's tables and figures, each with an interval.
 
-    python eval.py runs/toy                                     the accuracies of a run, on its held-out documents
-    python eval.py MODEL_DIR --corpus FILE                      those of any model, on any corpus
-    python eval.py MODEL_DIR --choices FILE                     zero-shot multiple choice, on rows in MMLU-Pro's format
+    python eval.py runs/toy                                a run, on what it was never trained on
+    python eval.py MODEL_DIR --corpus FILE                 next-token accuracy of any model
+    python eval.py MODEL_DIR --corpus FILE --perplexity    its perplexity, on held-out documents
+    python eval.py MODEL_DIR --answers FILE --samples 4    questions with answers, such as GSM8K
+    python eval.py MODEL_DIR --choices FILE                multiple choice, in MMLU-Pro's format
 
-First the measurements on a model, then the statistics, which need numpy alone.
+First the entropy of text under a proxy model, from which questions are chosen (paper, section 3.2);
+then the measurements on a model; then the statistics, which need numpy alone.
 """
 
 import argparse
+import fcntl
 import json
 import math
-import re
+import os
 import sys
-import warnings
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, dataclass, fields, replace
+from itertools import dropwhile, islice
 from pathlib import Path
 from string import ascii_uppercase
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from data import TEMPLATES, Question, Tokenizer, file_rows, prompt_ids, question_sets, read_corpus
-from model import DTYPES, Transformer, all_gather, load_pretrained, rank_and_world, read_json, resolve
+from data import (DROPPED, HELD_OUT, TRAIN, Corpus, PositionFilter, Question, QuestionSet,
+                  Tokenizer, answer_sets, check_same_tokens, check_vocabulary, file_rows,
+                  fingerprint, load_corpus, prompt_ids, read_corpus, select_positions)
+from model import (DTYPES, ModelConfig, Transformer, all_gather, choose_device, load_pretrained,
+                   rank_and_world, read_config, read_json, resolve, unsharded)
 from reward import answer_match, extract_prediction, prefix_match
-from rpt import Group, Method, completion_logprobs, unsharded
-from sampler import Completion, generate, last_hidden
+from rpt import Method, Policy, head_chunk, option, token_logprobs
+from sampler import generate, last_hidden, pad
 
-OUR_OWN = ("questions", "device", "out")  # options that do not mean here what they mean to train.py
-SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # nats; entropy above, so each contains the next (paper, table 1)
+SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # entropy above, in nats; nested (table 1)
+BATCH_TOKENS = 16384  # padded, of a forward pass without gradient
+PART_WINDOWS = 256  # of each process between two writes of the entropy pass
 
-# ---- measurements
+# --------------------------------------------------------------------------------------- entropy
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """The model whose entropies select positions, and how it reads."""
+
+    model: str | Path  # directory or hub id
+    cache: Path  # folder of the entropies, shared by all runs
+    window: int  # tokens; a longer document is read in windows
+    device: torch.device
+    dtype: torch.dtype
+
+
+def question_sets(corpus: Corpus, proxy: Proxy,
+                  filter: PositionFilter) -> tuple[QuestionSet, QuestionSet, str]:
+    """The questions to train on, those of held-out documents (entropy above 0.5 nats, elsewhere the
+    same filter), and a table of what was kept. ValueError if nothing is left to ask."""
+    lengths, documents = np.diff(corpus.starts), np.bincount(corpus.split, minlength=3)
+    if lengths.max() <= filter.min_context:
+        raise ValueError(f"no document is longer than --min-context {filter.min_context} tokens")
+    entropy = corpus_entropy(proxy, corpus)
+    easy = replace(filter, kind="threshold", value=SPLITS["easy"])
+    train = select_positions(corpus, entropy, filter, TRAIN)
+    held = select_positions(corpus, entropy, easy, HELD_OUT)
+    splits = [f"{np.sum(entropy[held.positions] > nats):,} above {nats}"
+              for nats in SPLITS.values()]
+    text = (f"documents: {documents[TRAIN]:,} to train on, {documents[HELD_OUT]:,} held out, "
+            f"{documents[DROPPED]:,} near-duplicates dropped; {len(entropy):,} tokens\n"
+            f"questions: {len(train):,} by {filter.kind} {filter.value:g} in {filter.region}; "
+            f"held out {', '.join(splits)} nats")
+    if documents[TRAIN] and not len(train):
+        raise ValueError(f"no position is left to ask about\n{text}")
+    return train, held, text
+
+
+def corpus_entropy(proxy: Proxy, corpus: Corpus) -> np.ndarray:
+    """Entropy of each token of the corpus under the proxy: float32, nats, aligned with its tokens.
+
+    Measured once for all runs: the file in the proxy's cache is named by the content of what
+    matters. ValueError if the proxy's ids mean something else.
+    """
+    directory = resolve(proxy.model)
+    check_same_tokens(corpus.tokenizer, Tokenizer.from_dir(directory), directory)
+    longest = min(proxy.window, int(np.diff(corpus.starts).max())) + len(corpus.tokenizer.bos)
+    check_length(read_config(directory), longest, f"{directory}: a window of the corpus")
+    name = all_gather(rank_and_world()[0] == 0 and fingerprint(
+        *sorted(directory.glob("*.safetensors")), directory / "config.json", corpus.fingerprint,
+        corpus.tokenizer.bos, proxy.window, proxy.dtype))[0]
+    return measure_entropy(lambda: load_pretrained(directory, proxy.device, proxy.dtype), corpus,
+                           proxy.cache / f"entropy-{name}.f32", proxy.window)
+
+
+def measure_entropy(load: Callable[[], Transformer], corpus: Corpus, file: Path,
+                    window: int) -> np.ndarray:
+    """The entropies in `file`, which is measured first if it is not there or of a wrong length.
+
+    One process holds the lock, and looks only then. What it measures is written beside the file, in
+    the order of the corpus, so an interrupted pass goes on behind the last whole window; it takes
+    the file's name when it is complete. nan where no token precedes.
+    """
+    first, part = rank_and_world()[0] == 0, file.with_suffix(".part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_suffix(".lock"), "a") as lock:
+        while not all_gather(not first or locked(lock))[0]:  # nobody waits longer than a second
+            time.sleep(1)
+        there = first and file.exists() and file.stat().st_size == 4 * len(corpus.tokens)
+        if not all_gather(there)[0]:
+            entropy_pass(load(), corpus, part, window)
+            if first:
+                part.rename(file)
+            all_gather(None)
+    return np.memmap(file, np.float32, mode="r")
+
+
+def locked(lock: TextIO) -> bool:
+    """Takes the lock on an open file unless somebody has it; closing the file gives it back."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def entropy_pass(model: Transformer, corpus: Corpus, part: Path, window: int) -> None:
+    """Writes the entropies that `part` lacks, some windows at a time."""
+    done = all_gather(part.stat().st_size // 4 if part.exists() else 0)[0]
+    done = done if done <= len(corpus.tokens) else 0
+    (rank, world), every = rank_and_world(), windows(corpus, range(len(corpus.starts) - 1), window)
+    waiting = dropwhile(lambda piece: piece.end <= done, every)
+    with tqdm(total=len(corpus.tokens), initial=done, unit="tok", unit_scale=True, desc="entropy",
+              disable=rank > 0) as bar:
+        while pieces := list(islice(waiting, PART_WINDOWS * world)):
+            values = window_values(model, corpus, pieces, next_token_entropy, bar)
+            if rank == 0:
+                with open(part, "r+b" if part.exists() else "wb") as out:
+                    out.seek(4 * pieces[0].want)
+                    out.write(np.concatenate(values).tobytes())
+                    out.truncate()  # nothing stands behind what was measured
+                    os.fsync(out.fileno())
+            bar.update(pieces[-1].end - bar.n)
+
+
+class Window(NamedTuple):
+    """A stretch of a document, by indices of the corpus's tokens."""
+
+    document: int
+    begin: int
+    want: int  # what precedes is only read
+    end: int
+
+
+def windows(corpus: Corpus, documents: Sequence[int], window: int) -> Iterator[Window]:
+    """Each document in windows of at most `window` tokens that overlap by half."""
+    for document in documents:
+        start, stop = map(int, corpus.starts[document: document + 2])
+        ends = [*range(start + window, stop, max(window // 2, 1)), stop]
+        for want, end in zip([start, *ends], ends):
+            yield Window(document, max(start, end - window), want, end)
+
+
+@torch.no_grad()
+def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window], measure: Callable,
+                  bar: tqdm | None = None) -> list[np.ndarray]:
+    """A figure of each wanted token of each window, float32; nan where no token precedes.
+
+    measure(model, ids [B, T]) -> [B, T] says it of the token *after* each. Every process computes
+    its share and gets all.
+    """
+    (rank, world), mine = rank_and_world(), {}
+    own = range(len(pieces))[rank::world]
+    for batch in batches({n: pieces[n].end - pieces[n].begin for n in own}):
+        ids = [corpus.tokens[pieces[n].begin: pieces[n].end].tolist() for n in batch]
+        bos = [[] if corpus.is_chat[pieces[n].document] else corpus.tokenizer.bos for n in batch]
+        padded = pad([[*b, *i] for b, i in zip(bos, ids)], model.head.device)
+        rows = measure(model, padded).float().cpu().numpy()
+        rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=np.nan)  # of the token at, not after
+        for n, b, i, row in zip(batch, bos, ids, rows):
+            mine[n] = row[len(b):][pieces[n].want - pieces[n].begin: len(i)]
+            if bar is not None:
+                bar.update(world * len(mine[n]))
+    values = {n: row for share in all_gather(mine) for n, row in share.items()}
+    return [values[n] for n in range(len(pieces))]
+
+
+def batches(lengths: dict[int, int]) -> Iterator[list[int]]:
+    """Keys of like length, longest first, in batches of at most BATCH_TOKENS padded tokens."""
+    order = sorted(lengths, key=lambda n: -lengths[n])
+    while order:
+        size = max(1, BATCH_TOKENS // max(lengths[order[0]], 1))
+        yield order[:size]
+        order = order[size:]
+
+
+def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tensor:
+    """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
+
+    Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is
+    ln 16 = 2.77. The head is applied to a chunk of positions at a time.
+    """
+    size = model.config.vocab_size
+    hidden = model(ids).flatten(0, 1).split(head_chunk(size, ids.device))
+    logits = torch.cat([model.logits(h).topk(min(top_k, size)).values for h in hidden])
+    return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
+
+
+def next_token_loss(model: Transformer, ids: Tensor) -> Tensor:
+    """ids [B, T] -> [B, T]: -log P in nats of the token after each position; 0 after the last."""
+    logprobs, _ = token_logprobs(model, model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return torch.nn.functional.pad(-logprobs.view(len(ids), -1), (0, 1))
+
+
+def check_length(config: ModelConfig, tokens: int, what: str) -> None:
+    """ValueError if a model has fewer positions than it would be given tokens."""
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"{what} has up to {tokens:,} tokens, but the model only "
+                         f"{config.max_position_embeddings:,} positions; lower --max-prompt or "
+                         "--max-response")
+
+
+# ---------------------------------------------------------------------------------- measurements
 
 
 def subset(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
@@ -40,55 +232,99 @@ def subset(questions: Sequence[Question], count: int, seed: int) -> list[Questio
     return [questions[int(n)] for n in sorted(chosen)]
 
 
-@torch.no_grad()
-def standard_predictions(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], window: int,
-                         batch_tokens: int = 16384) -> list[bytes]:
-    """Plain next-token prediction (argmax) at each question's position: the bytes of the predicted token.
+def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samples: int = 1,
+             seed: int = 0, out: TextIO | None = None, progress: bool = False) -> list[dict]:
+    """One record a question: whether standard prediction is right, where there is a next token, and
+    what `samples` reasoned responses say, sampled at the method's temperature.
+
+    Every process calls it and gets all records. They are also written to `out`, a JSON line each,
+    as they come: whenever each process has decoded four times `max_rows` responses.
+    """
+    (rank, world), records = rank_and_world(), []
+    some = max(1, 4 * method.max_rows // samples) * world
+    with unsharded(policy.model):
+        for begin in range(0, len(questions), some):
+            numbers = range(begin, min(begin + some, len(questions)))
+            mine = records_of(policy, {n: questions[n] for n in numbers[rank::world]}, method,
+                              samples, seed, progress and rank == 0)
+            found = {record["question"]: record for share in all_gather(mine) for record in share}
+            records += [found[n] for n in numbers]
+            if out and rank == 0:
+                write_records(records[begin:], out)
+    return records
+
+
+def write_records(records: Sequence[dict], out: TextIO) -> None:
+    """Appends JSON lines."""
+    out.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    out.flush()
+
+
+def records_of(policy: Policy, questions: dict[int, Question], method: Method, samples: int,
+               seed: int, progress: bool) -> list[dict]:
+    """The records of questions by number, which decides with the seed what is sampled."""
+    tokenizer, records = policy.tokenizer, []
+    prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt)
+               for question in questions.values()]
+    groups = generate(
+        policy.model, prompts, keys=[1 << 60 | n for n in questions], progress=progress,
+        samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
+        eos_ids=tokenizer.eos_ids, seed=seed, max_rows=method.max_rows,
+        cache_tokens=method.cache_tokens or None)
+    plain = {n: question for n, question in questions.items() if question.answer is None}
+    standard = dict(zip(plain, standard_predictions(policy, plain.values(), method.max_prompt)))
+    for (n, question), group in zip(questions.items(), groups):
+        responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
+        said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
+        record = {"question": n, "document": question.document, "position": question.position,
+                  "truth": question.answer or text(b"".join(question.truth[:4])),
+                  "reasoning": [score(prediction, question) for prediction in said],
+                  "vote": score(majority_vote(said), question),
+                  "parsed": [float(prediction is not None) for prediction in said],
+                  "length": [len(c.ids) for c in group], "responses": list(map(text, responses))}
+        if n in standard:
+            record["standard"] = score(standard[n], question)
+        if math.isfinite(question.entropy):
+            record["entropy"] = question.entropy
+        records.append(record)
+    return records
+
+
+def text(content: bytes) -> str:
+    """Bytes as JSON can hold them."""
+    return content.decode(errors="backslashreplace")
+
+
+def standard_predictions(policy: Policy, questions: Sequence[Question], window: int) -> list[bytes]:
+    """Plain next-token prediction (argmax) at each question: the bytes of the predicted token.
 
     A context beyond `window` tokens loses its beginning, as a prompt's does.
     """
-    runs = [[*tokenizer.bos, *question.context[-window:]] for question in questions]
-    out: list[bytes] = [b""] * len(runs)
-    order = sorted(range(len(runs)), key=lambda i: len(runs[i]))
-    while order:
-        size = max(1, batch_tokens // len(runs[order[-1]]))
-        batch, order = order[-size:], order[:-size]
-        hidden = last_hidden(model, [runs[i] for i in batch])
-        for i, token in zip(batch, model.logits(hidden).argmax(-1).tolist()):
-            out[i] = tokenizer.token_bytes(token)
-    return out
-
-
-def evaluate(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], method: Method, samples: int = 1,
-             seed: int = 0, progress: bool = False) -> list[dict]:
-    """One record a question: whether standard prediction is right, and what `samples` reasoned responses predict.
-
-    Every process calls it and gets all records. Responses are sampled at the method's temperature.
-    """
-    rank, world = rank_and_world()
-    mine, records = list(enumerate(questions))[rank::world], []
-    with unsharded(model):
-        standard = standard_predictions(model, tokenizer, [question for _, question in mine], method.max_prompt)
-        prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt) for _, question in mine]
-        groups = generate(model, prompts, samples=samples, max_new_tokens=method.max_response,
-                          temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed,
-                          keys=[1 << 60 | n for n, _ in mine], max_rows=method.max_rows,
-                          cache_tokens=method.cache_tokens or None, progress=progress and rank == 0)
-    for (n, question), token, group in zip(mine, standard, groups):
-        said = [extract_prediction(tokenizer.bytes_of(c.ids[:-1])) if c.finished else None for c in group]
-        records.append({
-            "question": n, "document": question.document, "entropy": question.entropy,
-            "standard": float(token in question.truth[:1]), "reasoning": [score(p, question) for p in said],
-            "vote": score(majority_vote(said), question), "parsed": [float(p is not None) for p in said],
-            "length": [len(c.ids) for c in group]})
-    return sorted((record for part in all_gather(records) for record in part), key=lambda record: record["question"])
+    contexts = [[*policy.tokenizer.bos, *question.context[-window:]] for question in questions]
+    predicted = [b""] * len(contexts)
+    for batch in batches({n: len(context) for n, context in enumerate(contexts)}):
+        hidden = last_hidden(policy.model, [contexts[n] for n in batch])
+        for n, token in zip(batch, policy.model.logits(hidden).argmax(-1).tolist()):
+            predicted[n] = policy.tokenizer.token_bytes(token)
+    return predicted
 
 
 def score(prediction: bytes | None, question: Question) -> float:
-    """1 if a prediction is right: an exact prefix of the truth, or the answer of a question that has one."""
+    """1 if a prediction is right: it is the question's answer, or else a prefix of the truth that
+    ends with one of its tokens. So too for standard prediction, whose token may span two."""
     if question.answer is not None:
         return answer_match(prediction, question.answer)
     return prefix_match(prediction, question.truth)
+
+
+def answer_questions(file: str, tokenizer: Tokenizer) -> list[Question]:
+    """Problem and answer rows, such as GSM8K's, as questions, none without a file; a ValueError for
+    a row without answer."""
+    documents = read_corpus(file) if file else []
+    if missing := [d.id + 1 for d in documents if d.answer is None]:
+        raise ValueError(f"{file}: row {missing[0]} has no `answer`")
+    return [Question(tuple(tokenizer.encode(d.problem or d.text)), (), d.id, 0, answer=d.answer)
+            for d in documents]
 
 
 @dataclass(frozen=True)
@@ -102,302 +338,319 @@ class Choice:
     @property
     def prompt(self) -> str:
         """The question and its options, a line each: (A) ..."""
-        return "\n".join([self.question, *(f"({x}) {text}" for x, text in zip(ascii_uppercase, self.options))])
+        lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, self.options)]
+        return "\n".join([self.question, *lines])
 
 
-def read_choices(file: Path) -> list[Choice]:
-    """JSON lines in MMLU-Pro's format: question, options, answer_index; a ValueError names file and line."""
+def read_choices(file: str) -> list[Choice]:
+    """JSON lines in MMLU-Pro's format: question, options, answer_index; none without a file. A
+    ValueError names file and line."""
     choices = []
-    for row, where in file_rows(file):
-        question, options, answer = map((row if isinstance(row, dict) else {}).get,
-                                        ("question", "options", "answer_index"))
-        if not (isinstance(question, str) and isinstance(options, list) and isinstance(answer, int)
+    for row, where in file_rows(Path(file)) if file else ():
+        row = row if isinstance(row, dict) else {}
+        question, options, answer = map(row.get, ("question", "options", "answer_index"))
+        if not (isinstance(question, str) and isinstance(options, list) and type(answer) is int
                 and 0 <= answer < len(options) <= len(ascii_uppercase)):
             raise ValueError(f"{where}: expected question, options (at most 26) and answer_index")
         choices.append(Choice(question, tuple(map(str, options)), answer))
-    if not choices:
-        raise ValueError(f"{file}: no questions")
     return choices
 
 
-@torch.no_grad()
-def option_likelihoods(model: Transformer, prompt: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
-    """log P(option | prompt) in nats for each option (token ids); the prompt is computed once."""
-    completions = [Completion(list(ids), [0.0] * len(ids), True) for ids in options]
-    group = Group((0, 0), Question((), (), 0, 0), list(prompt), completions, [], [], [])
-    logprobs, _ = completion_logprobs(model, [(group, list(range(len(options))))], temperature=1.0)
-    return [part.sum().item() for part in logprobs.split([len(ids) for ids in options])]
-
-
-def multiple_choice(model: Transformer, tokenizer: Tokenizer, choices: Sequence[Choice], method: Method,
-                    seed: int = 0) -> list[dict]:
-    """Zero-shot (paper, table 3): `standard`, the likeliest letter behind "Answer:"; `reasoning`, the boxed letter."""
+def multiple_choice(policy: Policy, choices: Sequence[Choice], method: Method, samples: int = 1,
+                    seed: int = 0, out: TextIO | None = None,
+                    progress: bool = False) -> list[dict]:
+    """Zero-shot (paper, table 3): `standard`, the likeliest letter behind "Answer:"; `reasoning`,
+    the boxed letter. Records as of `evaluate`."""
+    tokenizer, model = policy.tokenizer, policy.model
     letters = [tokenizer.encode(f" {letter}") for letter in ascii_uppercase]
-    questions = [Question(tuple(tokenizer.encode(c.prompt)), (), n, 0, answer=ascii_uppercase[c.answer])
-                 for n, c in enumerate(choices)]
-    records = evaluate(model, tokenizer, questions, replace(method, template="plain"), seed=seed)
+    questions = [Question(tuple(tokenizer.encode(choice.prompt)), (), n, 0,
+                          answer=ascii_uppercase[choice.answer])
+                 for n, choice in enumerate(choices)]
+    records = evaluate(policy, questions, replace(method, template="plain"), samples, seed,
+                       progress=progress)
     with unsharded(model):
         for record, choice in zip(records, choices):
             prompt = tokenizer.bos + tokenizer.encode(choice.prompt + "\nAnswer:")
             scores = option_likelihoods(model, prompt, letters[: len(choice.options)])
             record["standard"] = float(int(np.argmax(scores)) == choice.answer)
+    if out and rank_and_world()[0] == 0:
+        write_records(records, out)
     return records
 
 
+@torch.no_grad()
+def option_likelihoods(model: Transformer, prompt: Sequence[int],
+                       options: Sequence[Sequence[int]]) -> list[float]:
+    """log P(option | prompt) in nats of each option (token ids)."""
+    losses = next_token_loss(model, pad([[*prompt, *ids] for ids in options], model.head.device))
+    first = len(prompt) - 1
+    return [-row[first: first + len(ids)].sum().item() for row, ids in zip(losses, options)]
+
+
+def perplexity(model: Transformer, corpus: Corpus, window: int,
+               split: int = HELD_OUT) -> list[float | None]:
+    """[mean, low, high] of exp(mean of -log P(token | what precedes)) over a split's tokens, of a
+    prompt and response the response's, read as in the entropy pass. The interval is over
+    documents. ValueError if there is none."""
+    pieces = list(windows(corpus, np.flatnonzero(corpus.split == split), window))
+    with unsharded(model):
+        found = window_values(model, corpus, pieces, next_token_loss)
+    values, documents = [], []
+    for piece, losses in zip(pieces, found):
+        first = corpus.regions[piece.document] if corpus.is_chat[piece.document] else 0
+        losses = losses[max(first - piece.want, 0):]
+        values += losses[np.isfinite(losses)].tolist()  # not of a first token
+        documents += [piece.document] * (len(values) - len(documents))
+    return [x if x is None else math.exp(x) for x in bootstrap_interval(values, documents)]
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
 def summary(records: Sequence[dict]) -> dict:
-    """Per split: [mean, low, high] of each measure over the split's questions, intervals over documents."""
+    """By split its number of questions and [mean, low, high] of each measure over them, intervals
+    over documents. Questions without an entropy are one split, "all"."""
+    plain = all("entropy" in record for record in records)
     out = {}
-    for split, threshold in SPLITS.items():
-        chosen = [record for record in records if record["entropy"] > threshold]
-        samples = len(chosen[0]["reasoning"]) if chosen else 1
-        measures = {name: [np.mean(r[name]) for r in chosen] for name in ("standard", "reasoning", "parsed", "length")}
-        if samples > 1:
-            measures["majority vote"] = [r["vote"] for r in chosen]
-            measures[f"pass@{samples}"] = [pass_at_k(int(sum(r["reasoning"])), samples, samples) for r in chosen]
+    for split, threshold in (SPLITS if plain else {"all": 0.0}).items():
+        chosen = [r for r in records if not plain or r["entropy"] > threshold]
         documents = [record["document"] for record in chosen]
-        out[split] = {"questions": len(chosen)} | {k: bootstrap_interval(v, documents) for k, v in measures.items()}
+        measured = list(map(measures, chosen))
+        out[split] = {"questions": len(chosen)} | {
+            name: bootstrap_interval([m[name] for m in measured], documents)
+            for name in (measured[0] if measured else ())}
     return out
 
 
-def table(models: dict[str, Sequence[dict]]) -> str:
-    """The form of the paper's table 1 for records by model name."""
-    shown = {name: summary(records) for name, records in models.items()}
-    counts = next(iter(shown.values()))
-    lines = ["next-token accuracy in %, with 95 % intervals over documents",
-             " " * 26 + "".join(f"{split + ' (' + str(counts[split]['questions']) + ')':>22}" for split in SPLITS)]
-    measures = [m for m in counts["easy"] if m not in ("questions", "parsed", "length")]
-    for measure in measures:
-        for name, splits in shown.items():
-            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in splits[split][measure])) for split in SPLITS]
-            lines.append(f"{name + ', ' + measure:26}" + "".join(f"{cell:>22}" for cell in cells))
-    for name, splits in shown.items():
-        parsed, length = splits["easy"]["parsed"][0], splits["easy"]["length"][0]
-        lines.append(f"{name}: {100 * parsed:.1f} % of responses hold a prediction; mean length {length:.1f} tokens")
+def measures(record: dict) -> dict[str, float]:
+    """What one record says, over its samples."""
+    names = ("standard", "reasoning", "parsed", "length")
+    out = {name: float(np.mean(record[name])) for name in names if name in record}
+    if (samples := len(record["reasoning"])) > 1:
+        right = int(sum(record["reasoning"]))
+        out |= {"majority vote": record["vote"],
+                f"pass@{samples}": pass_at_k(right, samples, samples)}
+    return out
+
+
+def table(models: dict[str, dict], title: str = "accuracy") -> str:
+    """The form of the paper's tables for summaries by model name."""
+    splits = next(iter(models.values()))
+    head = [f"{split} ({of['questions']})" for split, of in splits.items()]
+    lines = [f"{title} in %, with 95 % intervals", " " * 26 + "".join(f"{x:>22}" for x in head)]
+    names = dict.fromkeys(name for of in splits.values() for name in of)
+    for measure in [name for name in names if name not in ("questions", "parsed", "length")]:
+        for model, summaries in models.items():
+            cells = [shown(of.get(measure), 100) for of in summaries.values()]
+            lines.append(f"{model + ', ' + measure:26}" + "".join(f"{cell:>22}" for cell in cells))
+    for model, summaries in models.items():
+        largest = next(iter(summaries.values()))
+        lines.append(f"{model}: {shown(largest.get('parsed'), 100)} % of responses hold a "
+                     f"prediction; mean length {shown(largest.get('length'))} tokens")
     return "\n".join(lines)
 
 
-def choice_table(models: dict[str, Sequence[dict]]) -> str:
-    """The form of the paper's table 3 for records of `multiple_choice` by model name."""
-    lines = ["multiple-choice accuracy in %, with 95 % intervals over questions"]
-    for measure in ("standard", "reasoning"):
-        for name, records in models.items():
-            values = [np.mean(record[measure]) for record in records]
-            mean, low, high = (100 * x for x in bootstrap_interval(values, range(len(values))))
-            lines.append(f"{name + ', ' + measure:26}{mean:6.1f} [{low:.1f}, {high:.1f}]   ({len(values)} questions)")
+def shown(interval: Sequence[float | None] | None, factor: float = 1.0) -> str:
+    """mean [low, high]; - for what was not measured."""
+    if interval is None:
+        return "-"
+    mean, *bounds = interval
+    if None in bounds:
+        return f"{factor * mean:.1f}"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(factor * x for x in interval))
+
+
+def growth(folder: Path) -> str:
+    """How reward and response length went in a run, and what it knew before and after."""
+    rows, evals = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
+                   if (folder / name).exists() else [] for name in ("metrics.jsonl", "evals.jsonl"))
+    some = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
+    lines = [f"{key:>10}" + "".join(f"{row[key]:8.{digits}f}" for row in some)
+             for key, digits in (("step", 0), ("reward", 2), ("length", 1))]
+    for exam in dict.fromkeys(name for row in evals for name in row if name != "step"):
+        sat = [row for row in evals if exam in row]
+        lines.append(table({f"step {row['step']}": row[exam] for row in (sat[0], sat[-1])}, exam))
     return "\n".join(lines)
 
 
-def growth(metrics: Path) -> str:
-    """How reward and response length went in a run, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
-    shown = (("step", "step", 0), ("reward", "reward", 2), ("length, tokens", "length", 1))
-    return "\n".join(f"{name:>16}" + "".join(f"{row[key]:8.{digits}f}" for row in rows) for name, key, digits in shown)
+# ------------------------------------------------------------------------------------ statistics
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. What a run's run.json says stands in for the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
-    for name, default, text, *choices in (
-            ("corpus", "", ".jsonl, .txt or folder"),
-            ("choices", "", "multiple-choice questions instead: .jsonl of question, options, answer_index"),
-            ("proxy", "", "model whose entropy makes the splits; by default the model itself"),
-            ("template", "v0", "prompt template", TEMPLATES), ("temperature", 0.8, "of the responses"),
-            ("max-prompt", 4096, "tokens"), ("max-response", 8192, "tokens"), ("seed", 0, "of everything"),
-            ("min-context", 1, "tokens before a question"), ("part", "all", "where to ask", ("all", "solution")),
-            ("dtype", "float32", "of the computation", DTYPES), ("holdout", 200, "documents to ask about"),
-            ("questions", 500, "held-out questions"), ("device", "cpu", "cpu or cuda"),
-            ("samples", 1, "responses to each question; above 1 also pass@k and majority vote"),
-            ("out", "", "file for the records, one JSON object a line"),
-            ("cache", "", "folder for entropies; by default the run's, else runs/cache")):
-        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices[0] if choices else None,
-                            help=f"{text} ({default})" if default != "" else text)
-    warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
-    folder = Path(parser.parse_args(argv).directory)
-    try:
-        run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-        parser.set_defaults(**{k: v for k, v in run.items() if k not in OUR_OWN})
-        print(report(parser.parse_args(argv), run))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: float = 0.95,
+                       resamples: int = 2000,
+                       seed: int = 0) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of `values` [N] by the percentile bootstrap over whole clusters [N].
 
-
-def report(args: argparse.Namespace, run: dict) -> str:
-    """Evaluates as the command line says; the table as text. run: the settings in run.json, {} for a model."""
-    if not (args.corpus or args.choices):
-        raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
-    choices = read_choices(Path(args.choices)) if args.choices else []
-    folder, device, dtype = Path(args.directory), torch.device(args.device), DTYPES[args.dtype]
-    source = resolve(folder / "model" if run else folder)
-    tokenizer = Tokenizer.from_dir(source)
-    method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})
-    if choices:
-        model = load_pretrained(source, device, dtype)
-        records, show = multiple_choice(model, tokenizer, choices, method, args.seed), choice_table
-    else:
-        _, held, _ = question_sets(
-            tokenizer, read_corpus(args.corpus), args.proxy or run.get("model") or source,
-            Path(args.cache or (folder / "cache" if run else "runs/cache")), selector="threshold", value=0.5,
-            holdout=run.get("holdout", args.holdout), seed=run.get("seed", args.seed),  # what a run was not trained on
-            min_context=args.min_context, part=args.part, window=args.max_prompt, device=device, dtype=dtype)
-        model, show = load_pretrained(source, device, dtype), table
-        records = evaluate(model, tokenizer, subset(held, args.questions, args.seed), method, args.samples, args.seed,
-                           progress=True)
-    if args.out:
-        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return show({folder.name: records})
-
-
-# ---- statistics
-
-LEVEL = 0.95  # of every interval
-RESAMPLES = 2000  # of the bootstrap over documents
-ALPHA_RANGE = (1e-3, 10.0)  # below, A / C^alpha is a straight line in log C; above, a step at the smallest compute
-
-# The keyword groups of the paper's analysis of reasoning patterns, in its wording.
-PATTERNS = {
-    "transition": ("alternatively", "think differently"),
-    "reflection": ("wait", "initial answer", "original answer", "looking back", "thought process"),
-    "breakdown": ("break down", "break this down"),
-    "hypothesis": ("probably", "something like"),
-    "divergent thinking": ("etc.", "or something", "either", "sometimes it refers", "otherwise", "exploring",
-                           "options"),
-    "deduction": ("summarize", "conclusion", "conclude", "finally", "logically", "consequently"),
-}
-
-
-def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: float = LEVEL,
-                       resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of `values` [N] by the percentile bootstrap over whole clusters `clusters` [N].
-
-    Positions of one document are not independent, so documents are what is drawn with replacement. Every value
-    weighs the same: a resample's mean is its sum of values over its number of values. No value gives (nan, nan, nan);
-    a single cluster shows no spread between clusters, so it gives (mean, nan, nan). ValueError if lengths differ.
+    Positions of one document are not independent, so documents are what is drawn with replacement.
+    Every value weighs the same: a resample's mean is its sum of values over its number of values.
+    One cluster shows no spread: (mean, None, None). ValueError for no values, or unequal lengths.
     """
     values = np.asarray(values, dtype=np.float64)
-    if len(values) != len(clusters):
-        raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels; give one label for each value.")
+    if not len(values) or len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels; give one or "
+                         "more values, and one label for each")
     _, member = np.unique(np.asarray(clusters), return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [K], [K]
-    mean = float(values.mean()) if len(values) else math.nan
-    if len(counts) < 2:
-        return mean, math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=resamples)  # [resamples, K]
-    low, high = np.quantile((draws @ sums) / (draws @ counts), [(1 - level) / 2, (1 + level) / 2])
+    mean, draws = float(values.mean()), len(counts)
+    if draws == 1:
+        return mean, None, None
+    drawn = np.random.default_rng(seed).multinomial(draws, [1 / draws] * draws, size=resamples)
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
     return mean, float(low), float(high)
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Chance that k of `samples` completions, drawn without replacement, hold a correct one (arXiv 2107.03374).
-
-    ValueError unless 1 <= k <= samples and 0 <= correct <= samples.
-    """
+    """Chance that k of `samples` completions, drawn without replacement, hold a correct one
+    (arXiv 2107.03374). ValueError unless 1 <= k <= samples and 0 <= correct <= samples."""
     if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"pass@k needs 1 <= k <= samples and 0 <= correct <= samples, "
-                         f"but got k={k}, correct={correct}, samples={samples}.")
+        raise ValueError("pass@k needs 1 <= k <= samples and 0 <= correct <= samples, "
+                         f"but got k={k}, correct={correct}, samples={samples}")
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_vote(predictions: Sequence[bytes | None]) -> bytes | None:
-    """The most frequent prediction; of equals the first seen. None (no answer) does not vote; all None gives None."""
+    """The most frequent prediction; of equals the first seen. None does not vote."""
     votes = Counter(prediction for prediction in predictions if prediction is not None)
-    return max(votes, key=votes.__getitem__, default=None)  # a Counter keeps the order in which keys were first seen
+    return max(votes, key=votes.__getitem__, default=None)  # a Counter keeps the order
 
 
-def fit_power_law(compute: Sequence[float], accuracy: Sequence[float]) -> tuple[float, float, float, float]:
-    """(A, alpha, P_star, r2) of P(C) = A / C^alpha + P_star by least squares; the paper's scaling law.
-
-    `compute` [N] in any positive unit (FLOPs, steps), `accuracy` [N] in any unit; A < 0 where accuracy rises. alpha is
-    searched in ALPHA_RANGE: a value at an end says that the points do not determine it. ValueError for
-    fewer than 4 points, a compute that is not positive, a value that is not finite, or nothing that varies.
-    """
-    log_compute, accuracy = _check_points(compute, accuracy)
-    (A,), (alpha,), (P_star,), (fitted,) = _fit_rows(log_compute, accuracy[None])
-    r2 = 1 - ((accuracy - fitted) ** 2).sum() / ((accuracy - accuracy.mean()) ** 2).sum()
-    return float(A), float(alpha), float(P_star), float(r2)
+# ---------------------------------------------------------------------------------- command line
 
 
-def power_law_intervals(compute: Sequence[float], accuracy: Sequence[float], level: float = LEVEL,
-                        resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of "A", "alpha" and "P_star" of `fit_power_law`, by residual bootstrap.
+@dataclass(frozen=True)
+class Measure:
+    """What is measured on a model, beside the method."""
 
-    Residuals of the fit are drawn with replacement, put on the fitted curve, and the law is fitted again. They are
-    widened by sqrt(N / (N - 3)) first, for three fitted parameters make them too small. Assumes equal noise at every
-    point. In simulation 95 % intervals hold the truth in 93 % of cases with 16 points, in 87 % with the paper's six.
-    """
-    log_compute, accuracy = _check_points(compute, accuracy)
-    fitted = _fit_rows(log_compute, accuracy[None])[-1][0]
-    residuals = (accuracy - fitted) * math.sqrt(len(accuracy) / (len(accuracy) - 3))
-    drawn = np.random.default_rng(seed).choice(residuals, size=(resamples, len(residuals)))  # [resamples, N]
-    *parameters, _ = _fit_rows(log_compute, fitted + drawn)
-    bounds = np.quantile(parameters, [(1 - level) / 2, (1 + level) / 2], axis=1).tolist()  # [2][3]: lows, highs
-    return dict(zip(("A", "alpha", "P_star"), zip(*bounds)))
-
-
-def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
-    """Share in [0, 1] of responses that hold a keyword of each group of PATTERNS; nan without responses.
-
-    A keyword counts in any case, as whole words: neither "waiting" nor "await" is "wait", nor "neither" "either". Any
-    white space may part the words of a keyword. Inflections count only where the paper lists them.
-    """
-    shares = {}
-    for group, keywords in PATTERNS.items():
-        words = "|".join(map(re.escape, keywords)).replace("\\ ", r"\s+")
-        # Not \b: behind the dot of "etc." it would ask for a letter.
-        pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
-        hits = [pattern.search(response) is not None for response in responses]
-        shares[group] = sum(hits) / len(hits) if hits else math.nan
-    return shares
+    corpus: str = option("", "as in train.py")
+    answers: str = option("", "questions with answers instead: rows of problem and answer")
+    choices: str = option("", "multiple choice instead: rows of question, options, answer_index")
+    perplexity: bool = option(False, "perplexity of the held-out documents instead")
+    proxy: str = option("", "model whose entropy makes the splits; by default the model itself")
+    region: str = option("all", "where to ask", choices=("all", "solution"))
+    min_context: int = option(1, "tokens before a question, at least", at_least=1)
+    max_context: int = option(0, "and at most; 0: any number", at_least=0)
+    holdout: int = option(200, "documents to ask about", at_least=1)
+    questions: int = option(500, "questions that are asked", at_least=1)
+    samples: int = option(1, "responses to each; above 1 also pass@k and majority", at_least=1)
+    seed: int = option(0, "of the choice of questions and of everything sampled", at_least=0)
+    dtype: str = option("float32", "of the computation", choices=DTYPES)
+    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
+    out: str = option("", "file for the records, a JSON line each")
+    cache: str = option("", "folder of tokens and entropies (default: beside the run)")
 
 
-def _check_points(compute: Sequence[float], accuracy: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(log compute, accuracy), both float64 [N], or the ValueError that says why no power law fits them."""
-    compute, accuracy = np.asarray(compute, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    if compute.shape != accuracy.shape or compute.size < 4:
-        need = "4 or more points (compute, accuracy)"
-    elif not (np.isfinite(compute).all() and np.isfinite(accuracy).all() and (compute > 0).all()):
-        need = "finite points at positive compute"
-    elif len(np.unique(compute)) < 3 or np.ptp(accuracy) == 0:
-        need = "3 or more values of compute and 2 or more of accuracy"
+METHOD = ("template", "temperature", "max_prompt", "max_response", "max_rows", "cache_tokens")
+OF_RUN = ("corpus", "proxy", "region", "min_context", "max_context", "seed", "dtype", *METHOD)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. What a run's run.json says stands in for the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
+    add_options(parser, [*fields(Measure), *(f for f in fields(Method) if f.name in METHOD)])
+    args, run = parser.parse_args(argv), {}
+    try:
+        if (Path(args.directory) / "run.json").is_file():
+            run = read_run(Path(args.directory))
+            parser.set_defaults(**{name: run[name] for name in OF_RUN})
+            args = parser.parse_args(argv)
+        print(measured(Path(args.directory), run, options_of(Measure, args),
+                       options_of(Method, args)))
+    except KeyboardInterrupt:
+        sys.exit("eval.py: interrupted; the same command goes on with the entropies that are there")
+    except (ValueError, OSError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_options(parser: argparse.ArgumentParser, described: Sequence[Field],
+                defaults: dict | None = None) -> None:
+    """A command-line option for each field that was made by `option`."""
+    for field in described:
+        how = dict(type=field.type, choices=field.metadata.get("choices"))
+        if field.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + field.name.replace("_", "-"),
+                            default=(defaults or {}).get(field.name, field.default),
+                            help=f"{field.metadata['help']} (%(default)r)", **how)
+
+
+def options_of(kind: type, args: argparse.Namespace):
+    """The options as a `kind`; ValueError for a number that is out of its field's range."""
+    options = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.name in args})
+    for field in fields(options):
+        value, limits = getattr(options, field.name), field.metadata
+        kept = {"at_least": lambda limit: value >= limit, "above": lambda limit: value > limit,
+                "at_most": lambda limit: value <= limit}
+        broken = [f"{name.replace('_', ' ')} {limits[name]}" for name, holds in kept.items()
+                  if name in limits and not holds(limits[name])]
+        if broken or field.type is float and not math.isfinite(value):
+            raise ValueError(f"--{field.name.replace('_', '-')} {value}: must be "
+                             f"{' and '.join(broken) or 'a finite number'}")
+    return options
+
+
+def read_run(folder: Path) -> dict:
+    """run.json, its paths, which are relative to the folder, as seen from here."""
+    run = read_json(folder / "run.json")
+    for name in ("model", "corpus", "proxy", "cache"):
+        if run[name] and (folder / run[name]).exists():
+            run[name] = str(folder / run[name])
+    return run
+
+
+def measured(folder: Path, run: dict, options: Measure, method: Method) -> str:
+    """Evaluates a model, or the model of a run on what it was not trained on; the table as text."""
+    if options.out:
+        open(options.out, "a").close()  # a bad place is found before the work
+    device, source = choose_device(options.device), resolve(folder / "model" if run else folder)
+    config, tokenizer = read_config(source), Tokenizer.from_dir(source)
+    check_vocabulary(tokenizer, config.vocab_size, source)
+    check_length(config, method.max_prompt + method.max_response, f"{source}: prompt and response")
+    beside, dtype = folder.parent if run else Path("runs"), DTYPES[options.dtype]
+    cache = Path(options.cache or run.get("cache") or beside / "cache")
+    # whatever the seed is here, those that the run was not trained on
+    split = run.get("holdout", options.holdout), run.get("seed", options.seed)
+    ask = evaluate
+    if options.choices:
+        ask, questions, title = multiple_choice, read_choices(options.choices), "multiple choice"
+    elif options.answers:
+        questions, title = answer_questions(options.answers, tokenizer), "questions with answers"
+        method = replace(method, template="plain")
+    elif not options.corpus:
+        raise ValueError("--corpus is missing: a file or folder of .jsonl or .txt, or a hub id")
+    elif run.get("stage") == "rlvr":
+        train, questions, _ = answer_sets(options.corpus, tokenizer, *split)
+        asked = fingerprint(*((q.context, q.answer) for q in (*train, *questions)))
+        check_corpus(folder, run, asked)
+        title = "held-out questions with answers"
     else:
-        return np.log(compute), accuracy
-    raise ValueError(f"A power law needs {need}, but got {compute.tolist()} and {accuracy.tolist()}.")
+        corpus = load_corpus(options.corpus, tokenizer, cache, *split)
+        check_corpus(folder, run, corpus.fingerprint)
+        if options.perplexity:
+            model = load_pretrained(source, device, dtype)
+            found = perplexity(model, corpus, method.max_prompt)
+            return f"{folder.name}: perplexity of held-out documents {shown(found)}"
+        proxy = Proxy(options.proxy or run.get("model") or source, cache, method.max_prompt,
+                      device, dtype)
+        where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
+                               region=options.region)
+        _, questions, _ = question_sets(corpus, proxy, where)
+        title = "next-token accuracy"
+    policy = Policy(load_pretrained(source, device, dtype), tokenizer)
+    questions = subset(questions, options.questions, options.seed)
+    with open(options.out or os.devnull, "w") as out:
+        records = ask(policy, questions, method, options.samples, options.seed, out, progress=True)
+    return table({folder.name: summary(records)}, title)
 
 
-def _fit_rows(log_compute: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Least-squares (A, alpha, P_star) each [R], and fitted values [R, N], for R data sets `rows` [R, N] at once.
-
-    For a given alpha the law is a line in (C^-alpha - 1) / alpha, which, unlike C^-alpha, stays well conditioned as
-    alpha goes to 0. C is in units of the smallest compute, so no power overflows. That leaves one search, over alpha.
-    """
-    shifted = log_compute - log_compute.min()  # [N], >= 0
-    mean = rows.mean(axis=1, keepdims=True)  # [R, 1]
-
-    def line(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slope [R, 1], intercept [R, 1] and fitted values [R, N] at alpha [R, 1]."""
-        basis = np.expm1(-alpha * shifted) / alpha  # [R, N]
-        middle = basis.mean(axis=1, keepdims=True)
-        slope = ((basis - middle) * (rows - mean)).sum(1, keepdims=True) / ((basis - middle) ** 2).sum(1, keepdims=True)
-        return slope, mean - slope * middle, mean + slope * (basis - middle)
-
-    def error(log_alpha: np.ndarray) -> np.ndarray:  # [R, 1]; from residuals, as a difference would cancel
-        return ((rows - line(np.exp(log_alpha))[-1]) ** 2).sum(axis=1, keepdims=True)
-
-    grid = np.linspace(*np.log(ALPHA_RANGE), 150)
-    best = np.argmin([error(np.full_like(mean, point)) for point in grid], axis=0)  # [R, 1]
-    low, high = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(50):  # the bracket ends 0.12 * golden^50 = 4e-12 wide, relative to alpha
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        keep_left = error(left) < error(right)
-        low, high = np.where(keep_left, low, left), np.where(keep_left, right, high)
-    alpha = np.exp((low + high) / 2)
-    slope, intercept, fitted = line(alpha)
-    A, P_star = slope / alpha * np.exp(alpha * log_compute.min()), intercept - slope / alpha
-    return A[:, 0], alpha[:, 0], P_star[:, 0], fitted
+def check_corpus(folder: Path, run: dict, fingerprint: str) -> None:
+    """ValueError if a run was trained on another corpus: it might have seen what is held out."""
+    if run and run["inputs"]["corpus"] != fingerprint:
+        raise ValueError(f"{folder}: trained on a corpus of another content than this, so what is "
+                         "held out here may be what it has seen; name that one by --corpus, or "
+                         f"measure the model alone, {folder / 'model'}")
 
 
 if __name__ == "__main__":

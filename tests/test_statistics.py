@@ -1,4 +1,4 @@
-"""Laws of the statistics in eval.py, each against an oracle that shares no code with it."""
+"""Laws of the statistics, each against an oracle that shares no code with it."""
 
 import itertools
 import math
@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eval import (PATTERNS, bootstrap_interval, fit_power_law, majority_vote, pass_at_k, power_law_intervals,
-                  reasoning_patterns)
+from eval import bootstrap_interval, majority_vote, pass_at_k
+from paper.patterns import PATTERNS, reasoning_patterns
+from paper.scaling import fit_power_law, power_law_intervals
 
 
 def documents(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
