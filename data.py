@@ -1,142 +1,191 @@
-"""From text to questions: tokenizer, corpora, the entropy filter, prompt templates, and the toy world.
+r"""From text to questions: tokenizer, chat format, corpora, the filter of positions, prompt templates.
 
-    document --tokenize once--> ids and the bytes of each token
-        | a proxy model's entropy over its top-16 next tokens, at every position (paper, section 3.2)
-        v keep the positions that a selector names
-    Question(context ids, truth: the bytes of each following token) --template, chat format--> prompt ids
+    documents --tokenize once--> flat files: tokens (uint32), starts (int64); read through np.memmap
+        | a proxy model's entropy at every position, in the same order (paper, section 3.2; eval.py)
+        v positions that a filter keeps, by arrays, chunk by chunk
+    Question(context ids, truth: bytes of each following token) --template, chat format--> prompt ids
 
-Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact token boundaries.
+Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact
+token boundaries. Nothing here knows a model, and nothing in memory grows with the tokens of a
+corpus. Left out: Unigram and WordPiece vocabularies, and all that cannot give back the bytes it read.
 """
 
+import fcntl
+import gzip
 import hashlib
 import json
-import math
 import re
+import shutil
+import tempfile
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from random import Random
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
-import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
+from tokenizers import pre_tokenizers
 from tqdm import tqdm
 
-from model import Transformer, all_gather, load_pretrained, rank_and_world, read_json, resolve
 from reward import reachable
-from sampler import pad
 
-MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one is a mistake or should be split
-TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
+# --------------------------------------------------------------------------------------- tokenizer
 
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-CHATS = {  # by the special token that gives the family away: what stands around the prompt, thinking opened
-    "<｜User｜>": "<｜begin▁of▁sentence｜><｜User｜>\0<｜Assistant｜><think>\n",  # DeepSeek-R1-Distill
-    "<|im_start|>": "{system}<|im_start|>user\n\0<|im_end|>\n<|im_start|>assistant\n<think>\n",  # Qwen, SmolLM2
-    "<|start_header_id|>": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n\0<|eot_id|>"
-                           "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n",  # Llama 3
-    None: "{bos}\0\n<think>\n",
-}
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json",
-         "chat_template.jinja")
-# Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as characters 256, 257, ...
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json",
+         "special_tokens_map.json", "chat_template.jinja")
+# Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as
+# characters 256, 257, ...
 CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTE_OF_CHAR = dict(zip(CHARS, sorted(range(256), key=lambda byte: chr(byte) not in CHARS)))
+PROBE = "Spelled  as It is:\n\tnaïve ﬁne ½ Ω，日本語 한글 🚀 ①\r\n{x_1} "  # in NFC, not in NFKC
+# Chat templates. \0 stands for what the user says.
+PLAIN_CHAT = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+THINK = ("{{ '<think>\\n' if add_generation_prompt and (enable_thinking is not defined"
+         " or enable_thinking) else '' }}")
+SWITCH = "{%% if enable_thinking is not defined %%}{%% set enable_thinking = %s %%}{%% endif %%}"
 
 
 class Tokenizer:
     """A Hugging Face tokenizer.json with the exact bytes of every token.
 
-    Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special token.
+    Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special
+    token. A SentencePiece model reads a space before the beginning of a text: it is in the ids, and
+    in the bytes of the first of them, but not in the text.
     """
 
-    def __init__(self, files: dict[str, bytes], where: str):
-        """files: the contents of those of FILES that exist. where: the folder that an error names."""
-        self.files = {name: content for name, content in files.items() if name != "config.json"}  # that is the model's
+    def __init__(self, files: dict[str, bytes], where: str, thinking: bool = True):
+        """files: the contents of those of FILES that exist. where: the folder that an error names.
+        thinking: whether the chat format opens the assistant's thinking."""
+        settings, generation, config = (json.loads(files.get(name, b"{}")) for name in FILES[1:4])
         try:
             spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            exact = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # add nothing
-            plain = {key: json.loads(json.dumps(spec.get(key)), object_hook=lambda step: step | {
-                         name: value for name, value in exact.items() if name in step})
-                     for key in ("normalizer", "pre_tokenizer")}
-            plain |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._text = tokenizers.Tokenizer.from_str(json.dumps(spec | plain))
-            vocabulary = spec["model"]["vocab"]
-            if not isinstance(vocabulary, dict):
-                raise ValueError("only BPE vocabularies are supported")
-            self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
+            self._read_model(spec)
         except Exception as error:  # the Rust parser raises bare Exceptions
-            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer ({type(error).__name__}: {error})") \
-                from None
-        byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
-        for token, id in vocabulary.items():
-            if byte_level:
-                known = BYTE_OF_CHAR.keys() >= set(token)
-                self._bytes[id] = bytes(map(BYTE_OF_CHAR.get, token)) if known else token.encode()
-            else:
-                byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-                self._bytes[id] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-        for token, id in self.special.items():
-            self._bytes[id] = token.encode()
-        self._ids_of = defaultdict(list)
-        for id, content in enumerate(self._bytes):
-            self._ids_of[content].append(id)
+            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer "
+                             f"({type(error).__name__}: {error})") from None
 
-        settings, generation, config = (json.loads(files.get(name, b"{}")) for name in FILES[1:4])
-        bos, eos = (token["content"] if isinstance(token, dict) else token
-                    for token in (settings.get("bos_token"), settings.get("eos_token")))
+        names = {key: token["content"] if isinstance(token, dict) else token
+                 for key, token in settings.items() if key.endswith("_token") and token}
+        bos, eos = names.get("bos_token"), names.get("eos_token")
         added = json.dumps(spec.get("post_processor"), ensure_ascii=False)
         wants_bos = settings.get("add_bos_token", f'"{bos}"' in added)
         self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
         end = next((source["eos_token_id"] for source in (generation, config)
                     if source.get("eos_token_id") is not None), self.special.get(eos))
         if end is None:
-            raise ValueError(f"{where}: no end token in generation_config.json, config.json or tokenizer_config.json")
+            raise ValueError(f"{where}: no end token in generation_config.json, config.json or "
+                             "tokenizer_config.json")
         self.eos_ids: list[int] = [end] if isinstance(end, int) else list(end)
-        template = files.get("chat_template.jinja", b"").decode() or str(settings.get("chat_template"))
-        self._chat = self._chat_pieces(template, bos if self.bos else "")
 
-    def _chat_pieces(self, template: str, bos: str) -> list[str]:
-        """The family's chat format around \\0, with the template's system message, cut at its special tokens."""
-        system = re.search(r"<\|im_start\|>system(?:\n|\\n)(?:(?!{[{%])[^'\"<])+<\|im_end\|>(?:\n|\\n)", template)
-        system = re.sub(r"\\(.)", lambda c: "\n" if c[1] == "n" else c[1], system[0]) if system else ""
-        family = next((token for token in CHATS if token in self.special), None)
-        pattern = "|".join([*map(re.escape, sorted(self.special, key=len, reverse=True)), "(?!)"])
-        return re.split(f"({pattern})", CHATS[family].replace("{system}", system).replace("{bos}", bos))
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {choice["name"]: choice["template"] for choice in template}.get("default")
+        if "chat_template.jinja" in files:
+            template = files["chat_template.jinja"].decode()
+        if not template:
+            template = "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT
+        template, self._trims, text = chat_format(template, thinking, names, where)
+        special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        self._chat = re.split(f"({special or '(?!)'})", text)
+        # What is written: the model's config.json is the model's, the template is the one used.
+        settings = json.dumps(settings | {"chat_template": template}, ensure_ascii=False, indent=1)
+        generation = json.dumps(generation | {"eos_token_id": self.eos_ids})
+        self.files = {name: files[name] for name in ("tokenizer.json", "special_tokens_map.json")
+                      if name in files}
+        self.files |= {"tokenizer_config.json": settings.encode(),
+                       "generation_config.json": generation.encode()}
+
+    def _read_model(self, spec: dict) -> None:
+        """The encoders and the bytes of each id. ValueError if those cannot spell a text."""
+        steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+        nothing = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+        bare = json.loads(json.dumps(steps), object_hook=lambda step: step | {
+            name: value for name, value in nothing.items() if name in step})
+
+        def encoder(steps: dict) -> tokenizers.Tokenizer:
+            plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            return tokenizers.Tokenizer.from_str(json.dumps(spec | plain | steps))
+
+        self._begin = encoder(steps)  # of what begins a text
+        self._inside = self._begin if bare == steps else encoder(bare)  # of what goes on with one
+        # What follows a special token begins a text too, but for Metaspace's scheme "first".
+        written = json.dumps(steps, ensure_ascii=False)
+        self._behind = self._inside if '"prepend_scheme": "first"' in written else self._begin
+
+        vocabulary = spec["model"]["vocab"]
+        if not isinstance(vocabulary, dict):
+            raise ValueError("only BPE vocabularies are supported")
+        self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
+        byte_level = "ByteLevel" in json.dumps([steps, spec.get("decoder")])
+        space = " " if "▁" in written else "▁"
+        for token, id in vocabulary.items():
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+            if byte_level and BYTE_OF_CHAR.keys() >= set(token):
+                self._bytes[id] = bytes(map(BYTE_OF_CHAR.get, token))
+            elif byte and not byte_level:
+                self._bytes[id] = bytes.fromhex(byte[1])
+            else:
+                self._bytes[id] = token.replace("▁", space).encode()
+        for token, id in self.special.items():
+            self._bytes[id] = token.encode()
+        self._ids_of = defaultdict(list)
+        for id, content in enumerate(self._bytes):
+            self._ids_of[content].append(id)
+
+        probe = PROBE + "▁" * (space == "▁")  # elsewhere ▁ is a space, and refused in a corpus
+        for encode in (self._begin, self._inside):
+            spelled = self.bytes_of(encode.encode(probe, add_special_tokens=False).ids)
+            if spelled.removeprefix(b" ") != probe.encode():
+                raise ValueError(f"its tokens spell {probe!r} as {spelled.decode(errors='replace')!r}"
+                                 "; use one that keeps every byte, such as byte-level BPE")
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one sentence."""
-        files = {name: (Path(path) / name).read_bytes() for name in FILES if (Path(path) / name).is_file()}
+    def from_dir(cls, path: str | Path, thinking: bool = True) -> "Tokenizer":
+        """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one
+        sentence."""
+        files = {name: (Path(path) / name).read_bytes() for name in FILES
+                 if (Path(path) / name).is_file()}
         if "tokenizer.json" not in files:
             raise FileNotFoundError(f"{path}: no tokenizer.json")
         for name in files.keys() & set(FILES[1:4]):
-            read_json(Path(path) / name)  # raises its own sentence
-        return cls(files, str(path))
+            try:
+                json.loads(files[name]).keys()
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}/{name}: not a JSON object ({error})") from None
+        return cls(files, str(path), thinking)
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files it was read from, with its end tokens in the generation config."""
-        generation = json.loads(self.files.get("generation_config.json", b"{}")) | {"eos_token_id": self.eos_ids}
-        for name, content in (self.files | {"generation_config.json": json.dumps(generation).encode()}).items():
+        """Writes tokenizer.json and the configs, with the chat template and the end tokens that were
+        used: apply_chat_template of what is written gives chat()."""
+        for name, content in self.files.items():
             (Path(directory) / name).write_bytes(content)
 
     def __len__(self) -> int:
         return len(self._bytes)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens whatever it spells."""
-        return self._text.encode(text, add_special_tokens=False).ids
+        """Ids of a text from its beginning, without special tokens whatever it spells."""
+        return self._begin.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """encode() of many texts, in parallel."""
-        return [encoding.ids for encoding in self._text.encode_batch_fast(list(texts), add_special_tokens=False)]
+        batch = self._begin.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on with another: no space is put before it."""
+        return self._inside.encode(text, add_special_tokens=False).ids
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether encode() may put a space before a text."""
+        return self._begin is not self._inside
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for an id that pads the model's vocabulary."""
@@ -151,208 +200,454 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids))
 
     def tokens(self, text: bytes) -> list[bytes]:
-        """The bytes of each token of a text; none for bytes that are not UTF-8."""
+        """The bytes of each token of what goes on with a text; none for bytes that are not UTF-8."""
         try:
-            return [self.token_bytes(id) for id in self.encode(text.decode())]
+            return [self.token_bytes(id) for id in self.encode_inside(text.decode())]
         except UnicodeDecodeError:
             return []
 
     def chat(self, prompt: str, context: Sequence[int] | None = None) -> list[int]:
-        """Ids of a user's prompt in the model's chat format, the assistant's thinking opened.
+        """Ids of a user's prompt in the model's chat format, up to where the assistant begins.
 
-        A context is inserted as ids where the prompt says {context}: a document's own tokens, even where it breaks
-        off within a character.
+        A context is inserted as ids where the prompt says {context}: a document's own tokens, even
+        where it breaks off within a character.
         """
-        ids = []
+        prompt = prompt.strip() if self._trims else prompt
+        ids, encoder = [], self._begin
         for piece in self._chat:
-            before, place, after = piece.replace("\0", prompt).partition("{context}")
             if piece in self.special:
                 ids.append(self.special[piece])
-            elif place and context is not None:
-                ids += self.encode(before) + list(context) + self.encode(after)
+                encoder = self._behind
+                continue
+            piece = piece.replace("\0", prompt)
+            before, place, after = piece.partition("{context}")
+            if not place or context is None:
+                ids += encoder.encode(piece, add_special_tokens=False).ids
             else:
-                ids += self.encode(before + place + after)
+                ids += encoder.encode(before, add_special_tokens=False).ids
+                ids += [*context, *self.encode_inside(after)]
         return ids
 
-    def thought_ids(self, thought: bytes) -> list[int]:
-        """A thought, its end, and the opening of the answer behind it."""
-        end = [self.special["</think>"]] if "</think>" in self.special else self.encode("</think>")
-        return self.encode(thought.decode(errors="replace")) + end + self.encode("\n\n\\boxed{")
+    def response_ids(self, text: str) -> list[int]:
+        """Ids of what an assistant says, where the ends of thinking are the model's own tokens."""
+        ids = []
+        for piece in re.split("(</?think>)", text):
+            mark = piece in ("<think>", "</think>") and piece in self.special
+            ids += [self.special[piece]] if mark else self.encode_inside(piece)
+        return ids
 
 
-# ---------------------------------------------------------------------------------------------- corpora
+def chat_format(template: str, thinking: bool, names: dict[str, str],
+                where: str) -> tuple[str, bool, str]:
+    r"""The chat template to use, whether it trims what the user says, and its text around "\0".
+
+    thinking: what enable_thinking says; where the template does not know it, a `<think>` behind the
+    assistant's turn. The returned template does so by default. names: bos_token and the like.
+    ValueError if the template cannot be rendered, or opens the thinking that was not wanted.
+    """
+    def render(prompt: str = "\0", **switch: bool) -> str:
+        return render_chat(template, prompt, **names, **switch)
+
+    try:
+        opened = "<think>" in render().rpartition("\0")[2]
+        if thinking and not opened and "enable_thinking" not in template:
+            template = template.removesuffix("\n") + THINK  # the newline is not rendered
+        text = render(enable_thinking=thinking)
+        if render() != text:
+            template = SWITCH % str(thinking).lower() + template
+        trims = render(" \0 ") == text
+    except Exception as error:  # templates are programs
+        raise ValueError(f"{where}: the chat template cannot be rendered "
+                         f"({type(error).__name__}: {error})") from None
+    behind = text.rpartition("\0")[2]
+    if text.count("\0") != 1:
+        raise ValueError(f"{where}: the chat template says the user's message {text.count(chr(0))} "
+                         "times; it should once")
+    if not thinking and behind.rfind("<think>") > behind.rfind("</think>"):
+        raise ValueError(f"{where}: the chat template opens <think> whatever enable_thinking says; "
+                         "use thinking, or a template that can do without")
+    return template, trims, text
+
+
+def render_chat(template: str, prompt: str, **variables: object) -> str:
+    """What a chat template makes of one user message, the assistant's turn opened, as transformers'
+    apply_chat_template renders it, in a sandbox."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise ValueError(message)
+
+    def tojson(value: object, **options: object) -> str:
+        return json.dumps(value, **{"ensure_ascii": False} | options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception,
+                            "strftime_now": lambda format: datetime.now().strftime(format)}
+    # transformers' {% generation %} marks what an assistant said; there is nothing here to mark.
+    template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
+    template = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template)
+    return environment.from_string(template).render(
+        messages=[{"role": "user", "content": prompt}], tools=None, documents=None,
+        add_generation_prompt=True, **variables)
+
+
+def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
+    """ValueError if the tokenizer has ids that the model has no row for."""
+    if len(tokenizer) > size or max(tokenizer.eos_ids) >= size:
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} ids, the model's vocabulary "
+                         f"only {size}")
+
+
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, where: object) -> None:
+    """ValueError if an id of the tokenizer means something else to the other, that of `where`."""
+    for id in range(len(tokenizer)):
+        ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
+        if ours != theirs:
+            raise ValueError(f"{where}: token {id} is {theirs!r} there and {ours!r} in the policy's "
+                             "tokenizer; the proxy has to share the policy's tokenizer")
+
+
+# ----------------------------------------------------------------------------------------- corpora
+
+MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one should be split
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+FIELDS = ("text", "problem", "question", "solution", "answer", "prompt", "response")
+CONVERT = ("python -c \"from datasets import load_dataset; "
+           "load_dataset('{}', split='train').to_json('corpus.jsonl')\"")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text; `problem` is its beginning if it is a problem and its solution, `answer` the verifiable result."""
+    """A text. `problem` is its beginning if it is a problem and its solution, `answer` the
+    verifiable result; of a prompt and response row both halves, in the chat format when encoded."""
 
     text: str
     id: int
     problem: str | None = None
     answer: str | None = None
+    prompt: str | None = None
+    response: str | None = None
 
 
 def _document(row: object, id: int, where: str) -> Document:
-    """A JSON row: `text`, or problem (question) and solution, joined by an empty line; `answer` where there is one."""
+    """A JSON row: `text`, or problem (question) and solution, joined by an empty line, or prompt and
+    response; `answer` where there is one."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object")
-    get = {key: unicodedata.normalize("NFC", str(value)) for key, value in row.items()
-           if isinstance(value, (str, int, float))}
+    get = {key: unicodedata.normalize("NFC", str(row[key])) for key in FIELDS
+           if isinstance(row.get(key), (str, int, float))}
     problem = get.get("problem") or get.get("question")
     solution = get.get("solution") or (get.get("answer") if "question" in get else None)
-    text = get.get("text") or (f"{problem}\n\n{solution}" if problem and solution else problem)
+    text, prompt, response = map(get.get, ("text", "prompt", "response"))
+    if text or not (prompt and response):
+        prompt = response = None
+    if not text:
+        halves = (prompt, response) if prompt else (problem, solution)
+        text = "\n\n".join(halves) if all(halves) else problem
     if not text or not text.strip():
-        raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`")
+        raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`, "
+                         "or `prompt` and `response`")
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; mend the text")
-    return Document(text, id, problem if problem and text.startswith(problem) else None, get.get("answer"))
+        raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; "
+                         "mend the text")
+    problem = problem if problem and text.startswith(problem) else None
+    return Document(text, id, problem, get.get("answer"), prompt, response)
+
+
+def _text_documents(content: BinaryIO) -> Iterator[bytes]:
+    """The documents of a .txt: `<|endoftext|>` at the end of a line ends one."""
+    piece = bytearray()
+    while line := content.readline(MAX_LINE + 1):
+        end = re.search(rb"<\|endoftext\|>\s*\Z", line)
+        piece += line[: end.start()] if end else line
+        if end or len(piece) > MAX_LINE:
+            yield bytes(piece)
+            piece.clear()
+    if piece.strip():
+        yield bytes(piece)
 
 
 def file_rows(file: Path) -> Iterator[tuple[object, str]]:
-    """The documents of one file as (row, place); a line is never read beyond its limit."""
-    is_json = file.suffix == ".jsonl"
-    with open(file, "rb") as content:
-        if is_json:
-            pieces = iter(lambda: content.readline(MAX_LINE + 1), b"")
-        else:
-            pieces = re.split(rb"<\|endoftext\|>\s*?(?:\n|\Z)", content.read())
-            pieces = pieces if pieces[-1].strip() else pieces[:-1]
-        for number, piece in enumerate(pieces, 1):
-            where = f"{file} {'line' if is_json else 'document'} {number}"
+    """The documents of one file as (row, place); none is ever read beyond its limit."""
+    is_text = file.suffix == ".txt"
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as content:
+        lines = iter(lambda: content.readline(MAX_LINE + 1), b"")
+        for number, piece in enumerate(_text_documents(content) if is_text else lines, 1):
+            where = f"{file} {'document' if is_text else 'line'} {number}"
             if len(piece) > MAX_LINE:
-                raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a line, split this one")
+                raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a "
+                                 "line, split this one")
             try:
                 text = piece.decode()
-                if text.strip() or not is_json:
-                    yield json.loads(text) if is_json else {"text": text}, where
+                if text.strip() or is_text:
+                    yield {"text": text} if is_text else json.loads(text), where
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+                raise ValueError(f"{where}: byte {error.start} is not UTF-8; convert the file to "
+                                 "UTF-8") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from None
 
 
-def read_corpus(path: str | Path) -> list[Document]:
-    """Documents of a .jsonl or .txt file or of a folder of them, normalised to NFC, ids counting from 0.
+def corpus_files(source: str | Path) -> list[Path]:
+    """The files of a corpus: one, those of a folder in order, or those of a dataset of the hub.
 
-    In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name file and line.
+    huggingface_hub does the fetching, so HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they
+    mean elsewhere.
     """
-    path = Path(path)
+    path, name = Path(source), str(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such corpus")
-    files = [f for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.suffix in (".jsonl", ".txt")]
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(SUFFIXES):
+            raise FileNotFoundError(f"{name}: no such corpus")
+        try:
+            from huggingface_hub import snapshot_download
+            path = Path(snapshot_download(name, repo_type="dataset",
+                                          allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
+        except Exception as error:  # the hub's client has many; the user can do the same about each
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FileNotFoundError(f"{name}: no such corpus, and not available from the hub "
+                                    f"({reason})") from None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.name.endswith(SUFFIXES) and file.is_file()]
     if not files:
-        raise ValueError(f"{path}: a corpus is a .jsonl or .txt file, or a folder of them")
-    try:
-        rows = chain.from_iterable(map(file_rows, files))
-        documents = [_document(row, id, where) for id, (row, where) in enumerate(rows)]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not documents:
-        raise ValueError(f"{path}: no documents")
-    return documents
+        raise ValueError(f"{name}: a corpus is a .jsonl, .jsonl.gz or .txt file, or a folder of them;"
+                         f" a dataset of the hub that has none becomes one by: {CONVERT.format(name)}")
+    return files
 
 
-def split_holdout(documents: Sequence[Document], holdout: int, seed: int) -> tuple[list[Document], list[Document], int]:
-    """Training documents, `holdout` held-out ones, and how many near-duplicates of them were dropped from training.
+def documents(source: str | Path) -> Iterator[Document]:
+    """The documents of a corpus one by one, normalised to NFC, ids counting from 0.
 
-    Two documents are near-duplicates if their sets of runs of eight words overlap by half (Jaccard; one word changed in
-    40 leaves 0.6), words in lower case without punctuation; shorter documents if their words are the same.
+    source: a .jsonl, .jsonl.gz or .txt file, a folder of them, or the id of a dataset of the hub
+    that has some. In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name
+    file and line.
     """
-    order = np.random.default_rng([seed, 17]).permutation(len(documents))
-    held = [documents[i] for i in sorted(order[:holdout])]
-    held_runs = [_word_runs(document.text) for document in held]
-    where = defaultdict(list)  # the held-out documents that a run occurs in
-    for number, runs in enumerate(held_runs):
-        for run in runs:
-            where[run].append(number)
-    train = []
-    for document in (documents[i] for i in sorted(order[holdout:])):
-        runs = _word_runs(document.text)
-        shared = Counter(number for run in runs for number in where.get(run, ()))
-        if not any(3 * both >= len(runs) + len(held_runs[number]) for number, both in shared.items()):
-            train.append(document)
-    return train, held, len(documents) - len(held) - len(train)
+    id = -1
+    for file in corpus_files(source):
+        try:
+            for row, where in file_rows(file):
+                id += 1
+                yield _document(row, id, where)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from None
+    if id < 0:
+        raise ValueError(f"{source}: no documents")
 
 
-def _word_runs(text: str, size: int = 8) -> set[int]:
-    words = re.findall(r"\w+", text.casefold())
-    return {hash(tuple(words[i: i + size])) for i in range(max(1, len(words) - size + 1))}
+def read_corpus(source: str | Path) -> list[Document]:
+    """All documents of a corpus at once."""
+    return list(documents(source))
 
 
-# ---------------------------------------------------------------------------------------------- entropy and positions
+# ------------------------------------------------------------------------------ held-out documents
+
+TRAIN, HELD_OUT, DROPPED = 0, 1, 2
+# Scripts without spaces: Thai and Lao, Burmese, Khmer, kana, and the ideographs.
+ALONE = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+         "\U00020000-\U0003ffff")
+WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+")
+RUN = 8  # words
 
 
-@torch.no_grad()
-def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tensor:
-    """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
+def _word_runs(text: str) -> np.ndarray:
+    """The set of a text's runs of eight words, or of all if there are fewer, as uint64 hashes of
+    this process. Words are in lower case and without punctuation; a character each where the
+    script has no spaces."""
+    words = np.array(list(map(hash, WORD.findall(text.casefold()))), dtype=np.int64)
+    words, size = words.view(np.uint64), min(RUN, len(words))
+    runs = np.full(len(words) - size + 1, size, np.uint64)
+    for place in range(size):
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[place: place + len(runs)]
+    return np.unique(runs)
 
-    Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is ln 16 = 2.77. The head
-    is applied to 512 positions at a time: with 152 thousand tokens those logits already take 300 MB.
+
+def split_documents(texts: Callable[[], Iterable[str]], hashes: np.ndarray, holdout: int,
+                    seed: int) -> np.ndarray:
+    """TRAIN, HELD_OUT or DROPPED for each document, int8 [D].
+
+    texts: gives what is asked of each document, in order; it is read twice, and only the runs of
+    held-out documents are kept. hashes [D]: of their contents. Held out are those with the
+    `holdout` smallest hashes of (seed, content), so that a document that is added changes at most
+    one. Dropped are near-duplicates of a held-out document: at least half of the runs of eight
+    words of the shorter one are in the other. (Of two equally long texts with one word changed in 40
+    three quarters are; a Jaccard index of 1/2 or more is included.)
     """
-    hidden = model(ids).flatten(0, 1)
-    top_k = min(top_k, model.config.vocab_size)
-    logits = torch.cat([model.logits(part).topk(top_k).values for part in hidden.split(512)])
-    return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
+    keys = [hashlib.blake2b(f"{seed} {content}".encode()).digest() for content in hashes.tolist()]
+    split = np.full(len(keys), TRAIN, np.int8)
+    split[sorted(range(len(keys)), key=keys.__getitem__)[:holdout]] = HELD_OUT
+    held = [_word_runs(text) for text, part in zip(texts(), split, strict=True) if part == HELD_OUT]
+    if not held:
+        return split
+    sizes, runs = np.array(list(map(len, held))), np.concatenate(held)
+    order = np.argsort(runs)
+    runs, owners = runs[order], np.repeat(np.arange(len(held)), sizes)[order]
+    for number, text in enumerate(texts()):
+        if split[number] == HELD_OUT:
+            continue
+        own = _word_runs(text)
+        first, last = np.searchsorted(runs, own, "left"), np.searchsorted(runs, own, "right")
+        found = [owners[a:b] for a, b in zip(first, last) if b > a] if (last > first).any() else []
+        if found:
+            shared = np.bincount(np.concatenate(found), minlength=len(sizes))
+            if (2 * shared >= np.minimum(sizes, len(own))).any():
+                split[number] = DROPPED
+    return split
 
 
-def entropy_pass(model: Transformer | None, tokenizer: Tokenizer, runs: Sequence[Sequence[int]], file: Path,
-                 window: int = 4096, batch_tokens: int = 16384) -> list[np.ndarray]:
-    """Entropy of the token *at* each position of each run (nan at 0 if nothing precedes it), float32 arrays.
-
-    Results are appended to `file`, batch by batch, so an interrupted pass goes on where it was; name the file by
-    `fingerprint` so that a changed input never meets it. A finished file needs no model. Runs longer than `window` are
-    read in windows that overlap by half. Each process computes its share, and gets everyone's.
-    """
-    pieces = []  # (run, first id read, first position wanted, end)
-    for run, ids in enumerate(runs):
-        ends = [*range(window, len(ids), window // 2), len(ids)]
-        pieces += [(run, max(0, end - window), want, end) for want, end in zip([0, *ends], ends)]
-    pieces.sort(key=lambda piece: (piece[3] - piece[1], piece))
-    batches = [[]]
-    for piece in pieces:
-        if batches[-1] and (len(batches[-1]) + 1) * (piece[3] - piece[1]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(piece)
-    starts = np.cumsum([0, *(sum(end - want for _, _, want, end in batch) for batch in batches)])  # in the file
-    done = np.fromfile(file, np.float32) if file.exists() else np.zeros(0, np.float32)
-    first = int(np.searchsorted(starts, len(done), side="right")) - 1  # a batch that was not finished is done again
-    values, bos, (rank, world) = [done[: starts[first]]], tokenizer.bos, rank_and_world()
-    all_gather(None)  # everyone has read the file
-    if rank == 0:
-        values[0].tofile(file)
-    bar = tqdm(total=int(starts[-1]), initial=int(starts[first]), unit="tok", desc="entropy", disable=rank > 0)
-    for step in range(first, len(batches), world):
-        part = np.zeros(0, np.float32)
-        for batch in batches[step + rank:][:1]:  # the last round may have none for this process
-            ids = pad([[*bos, *runs[run][begin:end]] for run, begin, _, end in batch], model.head.device)
-            entropy = next_token_entropy(model, ids).float().cpu().numpy()
-            entropy = np.pad(entropy, ((0, 0), (1 - len(bos), 0)), constant_values=np.nan)
-            part = np.concatenate([e[want - begin: end - begin] for e, (_, begin, want, end) in zip(entropy, batch)])
-        values.append(np.concatenate(all_gather(part)))
-        bar.update(len(values[-1]))
-        if rank == 0:
-            with open(file, "ab") as out:
-                values[-1].tofile(out)
-    bar.close()
-    entropies = [np.empty(len(ids), np.float32) for ids in runs]
-    ends = np.cumsum([end - want for _, _, want, end in pieces])
-    for (run, _, want, end), part in zip(pieces, np.split(np.concatenate(values), ends)):
-        entropies[run][want:end] = part
-    return entropies
+def content_hash(text: str) -> int:
+    """64 bits that name a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for a set of inputs: a folder (a Path) by its files' contents, everything else by its text."""
+    """A short name for a set of inputs: a file (a Path) by its content, a folder by its files' names
+    and contents, everything else by its text."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
-        if isinstance(part, Path):
-            for file in sorted(filter(Path.is_file, part.iterdir())):
-                with open(file, "rb") as content:
-                    digest.update(file.name.encode() + hashlib.file_digest(content, "blake2b").digest())
-        else:
+        if not isinstance(part, Path):
             digest.update(repr(part).encode() + b"\0")
+            continue
+        is_folder = part.is_dir()
+        for file in sorted(filter(Path.is_file, part.iterdir())) if is_folder else [part]:
+            with open(file, "rb") as content:
+                name = file.name.encode() if is_folder else b""
+                digest.update(name + hashlib.file_digest(content, "blake2b").digest())
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds the lock of this name among processes; take it before looking at what it guards."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+# -------------------------------------------------------------------------------- tokenised corpora
+
+BATCH = 2**20  # characters tokenised at a time
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a corpus as token ids, in files; D documents, N tokens."""
+
+    tokenizer: Tokenizer
+    tokens: np.ndarray  # uint32 [N], of all documents one after the other
+    starts: np.ndarray  # int64 [D + 1]: document d is tokens[starts[d]: starts[d + 1]]
+    regions: np.ndarray  # int64 [D]: the token where the solution or response begins, or the document
+    is_chat: np.ndarray  # bool [D]: a prompt in the chat format and a response
+    split: np.ndarray  # int8 [D]: TRAIN, HELD_OUT or DROPPED
+    fingerprint: str  # of the tokenizer and of all tokens
+
+    def ids(self, document: int) -> np.ndarray:
+        """The tokens of a document, uint32."""
+        return self.tokens[self.starts[document]: self.starts[document + 1]]
+
+
+ARRAYS = {"starts": np.int64, "regions": np.int64, "is_chat": np.bool_, "hashes": np.uint64}
+
+
+def _asked(document: Document) -> str:
+    """What near-duplicates are judged by."""
+    return document.prompt or document.text
+
+
+def _batches(source: str | Path) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in tqdm(documents(source), desc="tokenize", unit=" documents", disable=None):
+        batch.append(document)
+        size += len(document.text)
+        if size > BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _encode_documents(tokenizer: Tokenizer, batch: Sequence[Document],
+                      sizes: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """The ids of each document, and the place in them where its solution or response begins.
+
+    sizes: the bytes of each token. ValueError if the tokens of a document do not spell it.
+    """
+    texts = iter(tokenizer.encode_batch([d.text for d in batch if d.prompt is None]))
+    for document in batch:
+        if document.prompt is not None:
+            prompt = tokenizer.chat(document.prompt)
+            ids = prompt + tokenizer.response_ids(document.response)
+            yield np.array(ids, np.uint32), len(prompt)
+            continue
+        ids, place = np.array(next(texts), np.uint32), 0
+        ends, size = sizes[ids].cumsum(), len(document.text.encode())
+        if ends[-1] - size not in (0, int(tokenizer.adds_space)):
+            raise ValueError(
+                f"document {document.id + 1} of the corpus has a character that its tokens do not give"
+                f" back (SentencePiece reads ▁, U+2581, as a space): {document.text[:60]!r}")
+        if document.problem is not None:
+            solution = document.text[len(document.problem):].lstrip().encode()
+            place = int(np.searchsorted(ends, ends[-1] - len(solution))) + 1
+        yield ids, place
+
+
+def _tokenize(source: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokens.u32, the small arrays and the fingerprint of a corpus to a folder."""
+    sizes = np.array([len(tokenizer.token_bytes(id)) for id in range(len(tokenizer))])
+    digest = hashlib.blake2b(fingerprint(tokenizer.files["tokenizer.json"]).encode(), digest_size=12)
+    columns, total = {name: [] for name in ARRAYS}, 0
+    with open(folder / "tokens.u32", "wb") as out:
+        for batch in _batches(source):
+            for document, (ids, place) in zip(batch, _encode_documents(tokenizer, batch, sizes)):
+                row = (total, total + place, document.prompt is not None,
+                       content_hash(_asked(document)))
+                for column, value in zip(columns.values(), row):
+                    column.append(value)
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+                ids.tofile(out)
+                total += len(ids)
+    columns["starts"].append(total)
+    for name, dtype in ARRAYS.items():
+        np.array(columns[name], dtype).tofile(folder / name)
+    (folder / "fingerprint").write_text(digest.hexdigest())
+
+
+def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
+                seed: int) -> Corpus:
+    """A corpus as flat files in a folder of `cache`, and its split; made once for the same content.
+
+    source: see documents(). Files are written aside and renamed, under a lock that is taken before
+    anything is looked at, so several processes may begin together and any may be killed.
+    """
+    made_of = (tokenizer.files["tokenizer.json"], tokenizer.bos, tokenizer.chat("\0"))
+    folder = Path(cache) / f"corpus-{fingerprint(*made_of, *corpus_files(source))}"
+    split = folder / f"split-{holdout}-{seed}"
+    with locked(folder.with_suffix(".lock")):
+        arrays = {name: np.fromfile(folder / name, dtype) for name, dtype in ARRAYS.items()
+                  if (folder / name).exists()}
+        tokens = folder / "tokens.u32"
+        if len(arrays) < len(ARRAYS) or tokens.stat().st_size != 4 * arrays["starts"][-1]:
+            aside = folder.with_suffix(".aside")
+            for old in (folder, aside):
+                shutil.rmtree(old, ignore_errors=True)
+            aside.mkdir()
+            _tokenize(source, tokenizer, aside)
+            aside.rename(folder)
+            arrays = {name: np.fromfile(folder / name, dtype) for name, dtype in ARRAYS.items()}
+        hashes = arrays.pop("hashes")
+        if not split.exists():
+            aside = split.with_suffix(".aside")
+            split_documents(lambda: map(_asked, documents(source)), hashes, holdout,
+                            seed).tofile(aside)
+            aside.rename(split)
+    return Corpus(tokenizer, np.memmap(tokens, np.uint32, "r"), split=np.fromfile(split, np.int8),
+                  fingerprint=(folder / "fingerprint").read_text(), **arrays)
+
+
+# --------------------------------------------------------------------------------------- questions
+
+TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
+CHUNK = 2**20  # positions looked at in one go
 
 
 @dataclass(frozen=True)
@@ -367,256 +662,272 @@ class Question:
     answer: str | None = None  # of a question-answer pair; then `context` is the problem
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuestionSet:
-    """Positions of tokenised documents that are asked about."""
+    """Positions of a corpus that are asked about; [n] makes the n-th question."""
 
-    tokenizer: Tokenizer
-    ids: Sequence[Sequence[int]]  # of each document
-    documents: Sequence[Document]
-    places: np.ndarray  # int64 [N, 2]: document (an index of `documents`), position
-    entropy: np.ndarray  # float32 [N], nats
+    corpus: Corpus
+    entropy: np.ndarray  # float32 [N], nats, of every token of the corpus
+    positions: np.ndarray  # int64 [n], indices of corpus.tokens, ascending
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def __getitem__(self, n: int) -> Question:
-        document, position = map(int, self.places[n])
-        ids = self.ids[document]
-        truth = tuple(self.tokenizer.token_bytes(i) for i in ids[position: position + TRUTH_TOKENS])
-        return Question(tuple(ids[:position]), truth, self.documents[document].id, position, float(self.entropy[n]))
+        corpus, place = self.corpus, int(self.positions[n])
+        document = int(np.searchsorted(corpus.starts, place, "right")) - 1
+        start, end = corpus.starts[document: document + 2].tolist()
+        following = corpus.tokens[place: min(place + TRUTH_TOKENS, end)].tolist()
+        truth = tuple(map(corpus.tokenizer.token_bytes, following))
+        return Question(tuple(corpus.tokens[start:place].tolist()), truth, document, place - start,
+                        float(self.entropy[place]))
 
 
-def draw(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
-    """`count` different numbers below `total` (repeated only if there are fewer), by (seed, step, retry) alone."""
-    random = np.random.Generator(np.random.Philox(key=[seed % 2**63, 1], counter=[0, step, retry, 0]))
+@dataclass(frozen=True)
+class PositionFilter:
+    """The positions to ask about, after the paper's token-level filter (section 3.2).
+
+    kind "threshold": entropy above `value` nats; "top": the `value` share of highest entropy, the
+    earlier of equals; "random": a random `value` share. Contexts of min_context to max_context
+    tokens (0: no bound). region "solution": only what follows a problem or prompt.
+    """
+
+    kind: str = "threshold"
+    value: float = 0.5
+    min_context: int = 1
+    max_context: int = 0
+    region: str = "all"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("threshold", "top", "random") or self.region not in ("all", "solution"):
+            raise ValueError(f"filter {self.kind!r} in {self.region!r}: the kinds are threshold, top "
+                             "and random, the regions all and solution")
+        if self.kind != "threshold" and not 0 <= self.value <= 1:
+            raise ValueError(f"filter {self.kind} {self.value:g}: a share is between 0 and 1")
+
+
+def _candidates(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
+                split: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunk by chunk, the positions that a filter may keep and their entropies."""
+    first = corpus.starts[:-1] + max(chosen.min_context, 1)
+    last = corpus.starts[1:]
+    if chosen.region == "solution":
+        first = np.maximum(first, corpus.regions)
+    if chosen.max_context:
+        last = np.minimum(last, corpus.starts[:-1] + chosen.max_context + 1)
+    there = (corpus.split == split) & (first < last)
+    first, last = first[there], last[there]
+    for begin in range(0, len(corpus.tokens), CHUNK):
+        values = np.array(entropy[begin: begin + CHUNK])
+        steps = np.zeros(len(values) + 1, np.int8)  # where a document's positions begin and end
+        for edges, step in ((first, 1), (last, -1)):
+            here = edges[np.searchsorted(edges, begin): np.searchsorted(edges, begin + CHUNK)]
+            steps[here - begin] += np.int8(step)
+        steps[0] += np.searchsorted(first, begin) - np.searchsorted(last, begin)
+        places = np.flatnonzero((np.cumsum(steps[:-1], dtype=np.int8) > 0) & np.isfinite(values))
+        yield places + begin, values[places]
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """float32 to uint32 that compare alike; 0.0 and -0.0 are one."""
+    bits = (values + np.float32(0)).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
+
+
+def _top(chunks: Callable[[], Iterator], share: float) -> Iterator[np.ndarray]:
+    """The positions of the `share` highest entropies, the earlier of equals, in three passes: two
+    histograms find the entropy of the last one kept."""
+    counts = sum(np.bincount(_ordered(v) >> 16, minlength=2**16) for _, v in chunks())
+    left = int(np.ceil(share * counts.sum()))
+    edge = 0
+    for bits in (16, 0):
+        if bits == 0:
+            inside = (_ordered(v) for _, v in chunks())
+            counts = sum(np.bincount(o[o >> 16 == edge] & 0xFFFF, minlength=2**16) for o in inside)
+        above = counts[::-1].cumsum()
+        behind = int(np.searchsorted(above, left))  # buckets that are kept whole
+        left -= int(above[behind - 1]) if behind else 0
+        edge = (edge << 16) + 2**16 - 1 - behind
+    for places, values in chunks():
+        order = _ordered(values)
+        equal = order == edge
+        kept = (order > edge) | (equal & (np.cumsum(equal) <= left))
+        left -= min(left, int(equal.sum()))
+        yield places[kept]
+
+
+def _reachable(corpus: Corpus, decided: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of some positions, those whose truth a \\boxed{} can hold. decided: see select_positions."""
+    known = decided[corpus.tokens[places]]
+    keep = known == 1
+    open_ones = np.flatnonzero(known < 0)
+    ends = corpus.starts[np.searchsorted(corpus.starts, places[open_ones], "right")]
+    for n, end in zip(open_ones, ends):
+        following = corpus.tokens[places[n]: min(places[n] + TRUTH_TOKENS, end)].tolist()
+        keep[n] = reachable(map(corpus.tokenizer.token_bytes, following))
+    return places[keep]
+
+
+def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
+                     split: int = TRAIN) -> QuestionSet:
+    """The positions of a part of a corpus that a filter keeps.
+
+    entropy float32 [N]: of every token of the corpus. Left out: positions without a finite entropy,
+    and truths that no \\boxed{} can hold (see reward.reachable). What is kept takes 8 bytes a
+    position in a file that goes with the set; memory holds a chunk.
+    """
+    if len(entropy) != len(corpus.tokens):
+        raise ValueError(f"{len(entropy)} entropies for {len(corpus.tokens)} tokens")
+    random = np.random.default_rng([chosen.seed, 5])
+
+    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return _candidates(corpus, entropy, chosen, split)
+
+    if chosen.kind == "threshold":
+        kept = (places[values > chosen.value] for places, values in chunks())
+    elif chosen.kind == "random":
+        kept = (places[random.random(len(places)) < chosen.value] for places, _ in chunks())
+    else:
+        kept = _top(chunks, chosen.value)
+    # Whether a truth is reachable: 1 or 0 where its first token decides, else -1.
+    decided = np.ones(len(corpus.tokenizer), np.int8)
+    for id in range(len(decided)):
+        token = corpus.tokenizer.token_bytes(id)
+        if not token or b"{" in token or b"}" in token or b"</think>" in token:
+            is_open = not token or token.count(b"{") > token.count(b"}")
+            decided[id] = -1 if is_open else reachable([token])
+    with tempfile.TemporaryFile() as file:
+        for places in kept:
+            _reachable(corpus, decided, places).tofile(file)
+        positions = np.memmap(file, np.int64, "r") if file.tell() else np.zeros(0, np.int64)
+    return QuestionSet(corpus, entropy, positions)
+
+
+def answer_sets(source: str | Path, tokenizer: Tokenizer, holdout: int,
+                seed: int) -> tuple[list[Question], list[Question], str]:
+    """Questions with verifiable answers, to train on and held out, and a line about them.
+
+    What is held out, and what is near it, is judged by the problem alone: it is all that is asked.
+    """
+    rows = read_corpus(source)
+    if missing := next((row for row in rows if row.answer is None), None):
+        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; "
+                         "stage rlvr needs one for every problem")
+    problems = [row.problem or row.text for row in rows]
+    split = split_documents(lambda: problems, np.array(list(map(content_hash, problems)), np.uint64),
+                            holdout, seed)
+    questions = [Question(tuple(ids), (), row.id, 0, answer=row.answer)
+                 for ids, row in zip(tokenizer.encode_batch(problems), rows)]
+    train, held = ([questions[n] for n in np.flatnonzero(split == part)]
+                   for part in (TRAIN, HELD_OUT))
+    dropped = len(rows) - len(train) - len(held)
+    return train, held, (f"questions with answers: {len(train):,}, held out {len(held):,}, "
+                         f"{dropped:,} near-duplicates dropped")
+
+
+@dataclass(frozen=True)
+class SequenceSet:
+    """Training documents as runs of tokens for next-token prediction; [n] is (ids, first): the loss
+    is of ids[first:]."""
+
+    corpus: Corpus
+    max_tokens: int
+    documents: np.ndarray  # int64 [D']
+    ends: np.ndarray  # int64 [D']: how many sequences there are up to and with each document
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, n: int) -> tuple[list[int], int]:
+        corpus, tokenizer = self.corpus, self.corpus.tokenizer
+        place = int(np.searchsorted(self.ends, n, "right"))
+        document = int(self.documents[place])
+        start, end = corpus.starts[document: document + 2].tolist()
+        if corpus.is_chat[document]:
+            first = int(corpus.regions[document]) - start
+            return corpus.tokens[start:end].tolist() + tokenizer.eos_ids[:1], first
+        # Windows share one token, so that every token but the first is predicted once.
+        begin = (n - (int(self.ends[place - 1]) if place else 0)) * (self.max_tokens - 1)
+        bos = tokenizer.bos[begin:]
+        body = start + max(begin - len(tokenizer.bos), 0)
+        ids = corpus.tokens[body: min(body + self.max_tokens, end)].tolist()
+        return (bos + ids + tokenizer.eos_ids[:1])[: self.max_tokens], 1
+
+
+def sequences(corpus: Corpus, max_tokens: int) -> SequenceSet:
+    """What stage ntp trains on: of the training split alone, plain documents between bos (if the
+    tokenizer has one) and the end token in windows of at most max_tokens, and responses with their
+    end token behind their prompts, whole. ValueError if one of these is longer than max_tokens."""
+    chosen = np.flatnonzero(corpus.split == TRAIN)
+    is_chat = corpus.is_chat[chosen]
+    lengths = np.diff(corpus.starts)[chosen] + 1 + np.where(is_chat, 0, len(corpus.tokenizer.bos))
+    too_long = np.flatnonzero(is_chat & (lengths > max_tokens))
+    if max_tokens < 2 or len(too_long):
+        what = f"document {chosen[too_long[0]] + 1} takes {lengths[too_long[0]]} tokens, " \
+            if len(too_long) else ""
+        raise ValueError(f"{what}max_tokens is {max_tokens}; raise it or leave the document out")
+    windows = np.where(is_chat, 1, -(-(lengths - 1) // (max_tokens - 1)))
+    return SequenceSet(corpus, max_tokens, chosen, windows.cumsum())
+
+
+def random_indices(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
+    """`count` different numbers below `total` (repeated only if there are fewer), by (seed, step,
+    retry) alone."""
+    key, counter = [seed % 2**63, 1], [0, step, retry, 0]
+    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
     return random.choice(total, count, replace=count > total).tolist()
 
 
-def answer_sets(tokenizer: Tokenizer, documents: Sequence[Document], holdout: int,
-                seed: int) -> tuple[list[Question], list[Question], str]:
-    """Questions with verifiable answers, to train on and held out, and a line about them."""
-    if missing := next((d for d in documents if d.answer is None), None):
-        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; "
-                         "stage rlvr needs one for every problem")
-    train, held, dropped = split_holdout(documents, holdout, seed)
-    sets = [[Question(tuple(tokenizer.encode(d.problem or d.text)), (), d.id, 0, answer=d.answer) for d in part]
-            for part in (train, held)]
-    return *sets, f"questions with answers: {len(train):,}, held out {len(held):,}, {dropped:,} near-duplicates dropped"
+# --------------------------------------------------------------------------------------- templates
 
-
-def select_positions(tokenizer: Tokenizer, documents: Sequence[Document], ids: Sequence[Sequence[int]],
-                     entropies: Sequence[np.ndarray], selector: str, value: float, min_context: int = 1,
-                     part: str = "all", seed: int = 0) -> QuestionSet:
-    """The positions to ask about, after the paper's token-level filter (section 3.2).
-
-    selector "threshold": entropy above `value` nats; "top": the `value` share of highest entropy; "random": a random
-    `value` share. part "solution" asks only about what follows the problem. Left out: the first `min_context` tokens,
-    positions without an entropy, and truths that no \\boxed{} can hold (see reward.reachable).
-    """
-    places = []
-    for number, (document, run, entropy) in enumerate(zip(documents, ids, entropies)):
-        begin = max(min_context, 1)
-        if part == "solution" and document.problem:
-            solution = document.text[len(document.problem):].lstrip().encode()
-            ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in run])
-            begin = max(begin, int(np.searchsorted(ends, ends[-1] - len(solution))) + 1)
-        places += [(number, position) for position in range(begin, len(run)) if math.isfinite(entropy[position])]
-    values = np.array([entropies[number][position] for number, position in places], dtype=np.float32)
-    if selector == "threshold":
-        keep = values > value
-    elif selector == "top":
-        keep = np.argsort(np.argsort(-values, kind="stable")) < value * len(values)
-    else:
-        keep = np.random.default_rng([seed, 5]).random(len(values)) < value
-    places = np.array(places, dtype=np.int64).reshape(-1, 2)
-    chosen = QuestionSet(tokenizer, ids, documents, places[keep], values[keep])
-    keep = np.array([reachable(question.truth) for question in chosen], dtype=bool)
-    return replace(chosen, places=chosen.places[keep], entropy=chosen.entropy[keep])
-
-
-def question_sets(tokenizer: Tokenizer, documents: Sequence[Document], proxy: str | Path, cache: Path, *, holdout: int,
-                  selector: str, value: float, min_context: int, part: str, seed: int, window: int,
-                  device: torch.device, dtype: torch.dtype) -> tuple[QuestionSet, QuestionSet, str]:
-    """The questions to train on, those of held-out documents (entropy above 0.5), and a table of what was kept.
-
-    The entropies under the proxy, a model directory or hub id, are kept in `cache`, in a file named by the content
-    of the proxy, of the tokenizer and of the texts. ValueError if nothing is left to ask.
-    """
-    train, held, dropped = split_holdout(documents, holdout, seed)
-    proxy, texts = resolve(proxy), [document.text for document in (*train, *held)]
-    ids = tokenizer.encode_batch(texts)
-    if max(map(len, ids)) <= min_context:
-        raise ValueError(f"no document is longer than --min-context {min_context} tokens")
-    cache.mkdir(parents=True, exist_ok=True)
-    inputs = fingerprint(proxy, tokenizer.files["tokenizer.json"], tokenizer.bos, window, dtype, *texts)
-    file = cache / f"entropy-{inputs}.f32"
-    model = None
-    if not file.exists() or file.stat().st_size < 4 * sum(map(len, ids)):
-        model = load_pretrained(proxy, device, dtype)
-        check_vocabulary(tokenizer, model.config.vocab_size, proxy)
-    entropies, split = entropy_pass(model, tokenizer, ids, file, window), len(train)
-    asked = select_positions(tokenizer, train, ids[:split], entropies[:split], selector, value, min_context, part, seed)
-    asked_held = select_positions(tokenizer, held, ids[split:], entropies[split:], "threshold", 0.5, min_context, part)
-    found = np.concatenate([[], *entropies[:split]])
-    easy, medium, hard = (int((found > threshold).sum()) for threshold in (0.5, 1.0, 1.5))
-    table = (f"documents: {len(train):,} to train on, {len(held):,} held out, {dropped:,} near-duplicates dropped\n"
-             f"positions: {len(found):,}; entropy above 0.5: {easy:,}, 1.0: {medium:,}, 1.5: {hard:,} nats\n"
-             f"questions: {len(asked):,} by {selector} {value:g} in {part}; held out {len(asked_held):,}")
-    if train and not len(asked):
-        raise ValueError(f"no position is left to ask about: selector {selector} {value:g}, {part} of "
-                         f"{len(train)} documents, --min-context {min_context}\n{table}")
-    return asked, asked_held, table
-
-
-def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
-    """ValueError if the tokenizer has ids that the model has no row for."""
-    if len(tokenizer) > size or max(tokenizer.eos_ids) >= size:
-        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} ids, the model's vocabulary only {size}")
-
-
-# ---------------------------------------------------------------------------------------------- templates
-
-_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. Please reason "
-        "step by step to find the most probable next token{}, and enclose it in \\boxed{{}} ")
-_LIST = "by predicting the next token, list multiple potential tokens and select the most probable one as the final "
-_NOTE = r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; do not use \text{})"
+_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. "
+        "Please reason step by step to find the most probable next token{}, and enclose it in "
+        "\\boxed{{}} ")
+_LIST = ("by predicting the next token, list multiple potential tokens and select the most probable "
+         "one as the final ")
+_NOTE = (r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; "
+         r"do not use \text{})")
 _FENCED = ".\n\n### Context\n```{context}```"
 TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are ours
-    "v0": _ASK.format("‘### Context’", " as the final answer") + _NOTE + ".\n\n### Context\n{context}",
+    "v0": _ASK.format("‘### Context’", " as the final answer") + _NOTE
+          + ".\n\n### Context\n{context}",
     "v1": _ASK.format("### Context", " as the final prediction") + _NOTE + _FENCED + ".",
-    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\nNow, please c"
-          + _ASK.format("### Context", "")[1:] + _NOTE.replace("{ =}", "{ +=}") + _FENCED + ".",
-    "v3": "Complete the given text under ### Context " + _LIST + "answer. Wrap your final answer in \\boxed{} " + _NOTE
-          + _FENCED,
-    "v4": "Complete the given text under ### Context by predicting the next token. Reason step by step, then wrap the "
-          "token in \\boxed{} " + _NOTE + ".\n\n"
+    "v2": "You are a helpful assistant, good at predicting the next token for a given context.\n\n"
+          "Now, please c" + _ASK.format("### Context", "")[1:] + _NOTE.replace("{ =}", "{ +=}")
+          + _FENCED + ".",
+    "v3": "Complete the given text under ### Context " + _LIST
+          + "answer. Wrap your final answer in \\boxed{} " + _NOTE + _FENCED,
+    "v4": "Complete the given text under ### Context by predicting the next token. Reason step by "
+          "step, then wrap the token in \\boxed{} " + _NOTE + ".\n\n"
           "Example 1. ### Context ```To begin, we simplify``` The next token is \\boxed{ this}.\n"
           "Example 2. ### Context ```The square of 7 is 4``` The next token is \\boxed{9}.\n"
           "Example 3. ### Context ```The steps are``` The next token is \\boxed{:\n}.\n\n"
           "Now, the context is: ### Context ```{context}```.",
     "v5": _ASK.format("### Context", " as the final answer") + _NOTE + _FENCED,
-    "v6": "Complete the given text wrapped in ``` and ``` " + _LIST + "prediction. Wrap your final prediction in "
-          "\\boxed{} " + _NOTE + ".\n\nThe context is: ```{context}```, now please predict the next token.",
+    "v6": "Complete the given text wrapped in ``` and ``` " + _LIST
+          + "prediction. Wrap your final prediction in \\boxed{} " + _NOTE
+          + ".\n\nThe context is: ```{context}```, now please predict the next token.",
     "toy": "Next token?\n{context}",
     "plain": "{context}",  # question-answer pairs: the problem itself
 }
 
 
-def prompt_ids(tokenizer: Tokenizer, question: Question, template: str, max_prompt: int) -> list[int]:
-    """The chat-formatted prompt of a question; a context that is too long loses its beginning, never its end."""
+def prompt_ids(tokenizer: Tokenizer, question: Question, template: str,
+               max_prompt: int) -> list[int]:
+    """The chat-formatted prompt of a question; a context that is too long loses its beginning, never
+    its end.
+
+    A problem with an answer is a whole text and encoded with what stands around it, as the model's
+    users will; the tokens of an unfinished text stay as the document has them.
+    """
+    if question.answer is not None:
+        text = tokenizer.bytes_of(question.context).decode()
+        text = text.removeprefix(" ") if tokenizer.adds_space else text
+        ids = tokenizer.chat(TEMPLATES[template].replace("{context}", text))
+        if len(ids) <= max_prompt:
+            return ids
     frame = len(tokenizer.chat(TEMPLATES[template], []))
     if frame >= max_prompt:
         raise ValueError(f"--max-prompt {max_prompt}: template {template} alone takes {frame} tokens")
     return tokenizer.chat(TEMPLATES[template], question.context[-(max_prompt - frame):])
-
-
-# ---------------------------------------------------------------------------------------------- the toy world
-
-CUPS = "ABCDEFGH"
-TOUCH = 0.6  # of the swaps move the ball
-TOY_QUESTION = "\nWhere is the ball?"
-SYSTEM_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
-
-
-@dataclass(frozen=True)
-class Story:
-    """A shell game: a ball under one of some cups, swaps of two cups, and where the ball is after each."""
-
-    cups: str
-    swaps: tuple[str, ...]  # two letters each
-    ball: str  # its cup at the start, then after each swap
-
-    @property
-    def problem(self) -> str:
-        swaps = " ".join(f"{n} {a} {b}." for n, (a, b) in enumerate(self.swaps, 1))
-        return f"The ball is under {self.ball[0]}. {swaps}"
-
-    @property
-    def text(self) -> str:
-        return f"{self.problem}\n\nThe ball is now under {self.ball[-1]}."
-
-    def chain(self, steps: int | None = None) -> str:
-        """The thought that follows the ball, through all swaps or the first `steps`."""
-        lines = [f" {n} {a} {b} {self.ball[n]}." for n, (a, b) in enumerate(self.swaps, 1)]
-        return self.ball[0] + "".join(lines[:steps])
-
-
-def toy_stories(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Story]:
-    """`count` stories of 3 to 8 cups and 1 to 6 swaps, most of which touch the ball; no text is in `exclude`."""
-    random, out = Random(f"stories {seed}"), []
-    while len(out) < count:
-        cups = CUPS[: random.randint(3, 8)]
-        ball, swaps = random.choice(cups), []
-        for _ in range(random.randint(1, 6)):
-            now = ball[-1]
-            pair = random.sample(cups.replace(now, ""), 2)
-            if random.random() < TOUCH:
-                pair[random.randrange(2)] = now
-            swaps.append("".join(pair))
-            ball += pair[pair[0] == now] if now in pair else now
-        story = Story(cups, tuple(swaps), ball)
-        if story.text not in exclude:
-            out.append(story)
-    return out
-
-
-def toy_tokenizer() -> Tokenizer:
-    """Byte-level BPE with Qwen's splitting, trained on stories, thoughts and the prompt template."""
-    texts = [text for story in toy_stories(2000, seed=1) for text in (story.text, story.chain())]
-    texts += [TEMPLATES["toy"], "user\n", "assistant\n", "<think>\n", "</think>\n\n\\boxed{ A}", TOY_QUESTION] * 200
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=512, min_frequency=100, initial_alphabet=CHARS, show_progress=False))
-    bpe.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in SYSTEM_TOKENS[:3]])
-    bpe.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in SYSTEM_TOKENS[3:]])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-    return Tokenizer(files, "toy")
-
-
-def toy_runs(tokenizer: Tokenizer, stories: Sequence[Story], seed: int) -> list[list[int]]:
-    """What the toy's weak base model is pre-trained on, one run of token ids per story.
-
-    35 % documents. 35 % problems answered with a full, correct thought, 30 % of these as multiple choice. 30 %
-    next-token questions answered by a weak annotator: 90 % guess any cup, 7 % stop thinking early, 3 % are right.
-    """
-    random, runs = Random(f"annotator {seed}"), []
-    for story in stories:
-        kind, effort, steps = random.random(), random.random(), len(story.swaps)
-        if kind < 0.35:
-            runs.append(tokenizer.encode(story.text) + tokenizer.eos_ids)
-            continue
-        if kind < 0.7:
-            options = "".join(f"\n({cup}) {cup}" for cup in story.cups) if effort < 0.3 else ""
-            prompt, space = tokenizer.chat(f"{story.problem}{TOY_QUESTION}{options}"), ""
-        else:
-            prompt, space = tokenizer.chat(TEMPLATES["toy"], tokenizer.encode(story.text[:-3])), " "
-            if 0.9 <= effort < 0.97:
-                steps = random.randrange(steps)
-        thought, cup = f"{story.chain(steps)}\n", story.ball[steps]
-        if kind >= 0.7 and effort < 0.9:
-            thought, cup = "", random.choice(CUPS)
-        answer = f"\n\n\\boxed{{{space}{cup}}}"
-        runs.append([*prompt, *tokenizer.encode(thought), tokenizer.special["</think>"], *tokenizer.encode(answer),
-                     *tokenizer.eos_ids])
-    return runs
-
-
-def write_toy(folder: Path, seed: int, count: int = 4500) -> None:
-    """corpus.jsonl (problem, solution) and answers.jsonl (problem, answer) of the toy world."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stories = toy_stories(count, 1000 + seed)
-    answers = [{"problem": s.problem + TOY_QUESTION, "answer": s.ball[-1]} for s in stories]
-    corpus = [{"problem": s.problem, "solution": s.text[len(s.problem) + 2:]} for s in stories]
-    for name, rows in (("answers", answers), ("corpus", corpus)):
-        aside = folder / f"{name}.new"  # renamed when complete
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        aside.rename(folder / f"{name}.jsonl")
