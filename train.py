@@ -1,13 +1,15 @@
-"""Trains by Reinforcement Pre-Training: `torchrun train.py` shows all of it on an embedded toy world.
+"""Trains by Reinforcement Pre-Training: `torchrun train.py` shows it on the toy world in toy/.
 
-    torchrun train.py                                  the toy: world, weak base model, RPT, table of accuracies
-    torchrun --nproc-per-node 8 train.py --recipe paper --model DIR --corpus FILE --out DIR      the paper's run
-    python train.py --stage ntp --model DIR --corpus FILE --out DIR           continual next-token prediction
-    python train.py --stage rlvr --model DIR --corpus FILE --out DIR          RL with verifiable rewards
-    python train.py --recipe paper --model DIR --plan                         what it would take, without hardware
+    torchrun train.py                                    RPT on the toy, then the table of accuracies
+    python train.py --model ID --corpus FILE --out DIR                  a small real language model
+    torchrun --nproc-per-node 8 train.py --recipe paper --model ID --corpus ID --out DIR
+    python train.py --stage ntp --model ID --corpus FILE --out DIR      next-token training: plain
+                                                         text, or rows of prompt and response
+    python train.py --stage rlvr --model ID --corpus FILE --out DIR     RL with verifiable rewards
 
-The same command again goes on after the last checkpoint. Master weights, gradients and reductions are float32; the
-computation is in --dtype.
+The same command again goes on after the last checkpoint. Master weights, gradients and reductions
+are float32; the computation is in --dtype. A program of your own may call `main` with a reward, a
+step or more state of its own: see paper/recipes.
 """
 
 import argparse
@@ -21,212 +23,298 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-from data import Question, Tokenizer, check_vocabulary, question_sets, read_corpus
-from model import (DTYPES, ModelConfig, Transformer, all_gather, forward_flops, load_weights, rank_and_world,
-                   read_config, resolve, save_pretrained)
+import rpt
+from data import PositionFilter, Question, Tokenizer, check_vocabulary, fingerprint
+from model import (DTYPES, Transformer, all_gather, all_sum, choose_device, forward_flops,
+                   load_weights, rank_and_world, read_config, resolve, save_pretrained)
 from reward import REWARDS, extract_prediction
-from rpt import Group, Method, head_chunk, ntp_step, option, rpt_step
+from rpt import Group, Method, Policy, Response, accumulate, option, optimizer_step
 
 STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
+PATIENCE = 3  # steps in a row without an informative group before a warning
+TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything about a run that is not the method itself."""
 
-    recipe: str = option("toy", "defaults for all other options", choices=("toy", "paper"))
-    stage: str = option("rpt", "RPT, plain next-token prediction, or RL with verifiable rewards",
+    recipe: str = option("", "defaults for all other options; without one `toy`, or `small` where "
+                             "a model or corpus is named", choices=("", "toy", "small", "paper"))
+    stage: str = option("rpt", "RPT, next-token prediction, or RL with verifiable rewards",
                         choices=("rpt", "ntp", "rlvr"))
-    model: str = option("", "model directory or hub id to start from; recipe toy makes its own")
-    corpus: str = option("", ".jsonl (text, or problem and solution; rlvr: problem and answer), .txt, or a folder")
+    model: str = option("", "model directory or hub id to start from")
+    corpus: str = option("", ".jsonl, .jsonl.gz or .txt, a folder of them, or a data set's hub id; "
+                             "rows of text, problem and solution, problem and answer (rlvr), "
+                             "prompt and response (ntp)")
     proxy: str = option("", "model whose entropy selects positions (default: --model)")
-    out: str = option("runs/toy", "folder of the run")
-    seed: int = option(0, "decides the order of the data and every sampled token")
-    steps: int = option(100, "optimizer steps")
+    out: str = option("", "folder of the run (default: runs/RECIPE)")
+    cache: str = option("", "folder for tokenised corpora and entropies (default: beside --out)")
+    seed: int = option(0, "decides the order of the data and every sampled token", at_least=0)
+    steps: int = option(100, "optimizer steps", at_least=1)
     reward: str = option("prefix", "reward function, by its name in reward.py", choices=REWARDS)
-    selector: str = option("threshold", "which positions are asked about", choices=("threshold", "top", "random"))
-    select: float = option(0.5, "selector threshold: nats; top, random: share of the positions")
-    part: str = option("all", "ask everywhere, or only behind the problem of a document", choices=("all", "solution"))
-    min_context: int = option(1, "tokens that precede a question, at least")
-    holdout: int = option(200, "documents never trained on")
-    optimizer: str = option("adamw", "AdamW, or Muon for the matrices of the blocks", choices=("adamw", "muon"))
-    lr: float = option(1e-6, "learning rate; with Muon that of the matrices, the rest has 0.003")
-    decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
-    weight_decay: float = option(0.01, "decoupled weight decay")
-    beta2: float = option(0.999, "AdamW's second-moment decay")
-    eval_every: int = option(0, "steps between evaluations on held-out questions; 0: only the toy's own table")
-    eval_questions: int = option(500, "held-out questions of an evaluation")
-    save_every: int = option(20, "steps between checkpoints")
-    keep: int = option(2, "newest checkpoints kept")
-    dtype: str = option("float32", "of the computation", choices=DTYPES)
-    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if there is one")
-    shard_group: int = option(0, "processes that share one copy of the weights; 0: all (hybrid sharding otherwise)")
-    checkpoint_activations: bool = option(False, "keep only the inputs of blocks and compute the rest again")
-    compile: bool = option(False, "torch.compile the blocks and decoding: fewer kernels, after minutes of compilation")
-    log_questions: int = option(-1, "questions of each step whose rollouts are logged, to bound the log; -1: all")
-    show: int = option(0, "print this many rollouts of every step")
-    plan: bool = option(False, "print what the run would take, without hardware, and stop")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What --plan assumes about the machine and the text."""
-
-    processes: int = option(0, "accelerators; 0: 1, 8 and 64")
-    memory: int = option(0, "GB of each; 0: 80 and 192")
-    tflops: float = option(400.0, "sustained TFLOP/s of each in matrix products")
-    bandwidth: float = option(2000.0, "sustained GB/s of each one's memory")
-    prompt_tokens: int = option(600, "mean length of a prompt")
-    response_tokens: int = option(900, "mean length of a response")
+    filter: str = option("threshold", "which positions are asked about: entropy above a threshold, "
+                                      "a share of highest entropy, a random share",
+                         choices=("threshold", "top", "random"))
+    filter_value: float = option(0.5, "threshold: nats; top, random: share of the positions",
+                                 at_least=0)
+    min_context: int = option(1, "tokens that precede a question, at least", at_least=1)
+    max_context: int = option(0, "and at most; 0: any number", at_least=0)
+    region: str = option("all", "ask everywhere, or only behind the problem of a document",
+                         choices=("all", "solution"))
+    holdout: int = option(200, "documents never trained on", at_least=0)
+    lr: float = option(1e-6, "AdamW's learning rate", above=0, at_most=1)
+    weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
+    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, at_most=0.99999)
+    eval_every: int = option(0, "steps between evaluations on held-out questions; 0: only before "
+                                "and after", at_least=0)
+    eval_questions: int = option(500, "held-out questions of an evaluation; 0: none at all",
+                                 at_least=0)
+    answers: str = option("", "problems and answers that are asked before and after, see eval.py")
+    choices: str = option("", "multiple-choice questions that are asked before and after")
+    save_every: int = option(20, "steps between checkpoints", at_least=1)
+    keep: int = option(2, "newest checkpoints kept", at_least=1)
+    dtype: str = option("float32", "of the computation", choices=("float32", "bfloat16"))
+    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
+    shard_group: int = option(0, "processes that share one copy of the weights; 0: all", at_least=0)
+    checkpoint_activations: bool = option(False, "keep only the inputs of blocks, compute the rest "
+                                                 "again")
+    log_questions: int = option(-1, "questions of each step whose rollouts are logged; -1: all",
+                                at_least=-1)
+    show: int = option(0, "print this many rollouts of every step", at_least=0)
 
 
 RECIPES: dict[str, dict] = {
-    "toy": dict(questions=32, max_prompt=256, max_response=64, template="toy", micro_tokens=8192, part="solution",
-                lr=5e-4, weight_decay=0.0, beta2=0.99, steps=60, holdout=500),
-    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True,
-                  out="runs/paper", min_context=16, grad_clip=0.2),
+    "toy": dict(model=str(TOY / "base"), corpus=str(TOY / "corpus.jsonl"), out="runs/toy",
+                answers=str(TOY / "answers.jsonl"), choices=str(TOY / "choices.jsonl"),
+                questions=32, max_prompt=256, max_response=96, template="toy", micro_tokens=8192,
+                region="solution", lr=5e-4, weight_decay=0.0, beta2=0.99, steps=80, holdout=500),
+    "small": dict(questions=16, max_prompt=1024, max_response=512, lr=1e-5, beta2=0.99,
+                  micro_tokens=8192, region="solution", out="runs/small"),
+    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", out="runs/paper",
+                  checkpoint_activations=True, min_context=16, grad_clip=0.2),
 }
 STAGES = {"rlvr": dict(template="plain", reward="answer")}  # whatever the recipe
-TOY_BASE = dict(stage="ntp", steps=600, questions=64, optimizer="muon", lr=0.015, decay=0.3, save_every=100)
-TOY_MODEL = dict(model_type="qwen2", hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
+# What a resumed run may change, and paths: what they hold is compared by content.
+FREE = ("recipe", "steps", "save_every", "keep", "show", "log_questions", "eval_every", "device",
+        "out", "cache", "micro_tokens", "max_rows", "cache_tokens", "shard_group", "answers",
+        "choices", "checkpoint_activations", "eval_questions", "model", "corpus", "proxy")
 
 
-def parse(argv: list[str] | None = None) -> tuple[Run, Method, Plan]:
-    """The command line: one option per field of Run, Method and Plan, with the recipe's values as defaults."""
-    pick = argparse.ArgumentParser(add_help=False)
-    pick.add_argument("--recipe", default="toy")
-    pick.add_argument("--stage", default="rpt")
+# ------------------------------------------------------------------------------------- arguments
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Run, Method]:
+    """The command line: an option per field of Run and Method, the recipe's values as defaults."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    pick = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("recipe", "stage", "model", "corpus"):
+        pick.add_argument(f"--{name}", default="")
     picked, _ = pick.parse_known_args(argv)
-    recipe = RECIPES.get(picked.recipe, {}) | STAGES.get(picked.stage, {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    kinds = {Run: "the run", Method: "the method", Plan: "what --plan assumes"}
+    recipe = picked.recipe or ("small" if picked.model or picked.corpus else "toy")
+    defaults = RECIPES.get(recipe, {}) | STAGES.get(picked.stage, {}) | {"recipe": recipe}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {Run: "the run", Method: "the method"}
     for kind, title in kinds.items():
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(kind):
-            how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
-                   dict(type=field.type, choices=field.metadata.get("choices")))
-            group.add_argument("--" + field.name.replace("_", "-"), default=recipe.get(field.name, field.default),
+            how = dict(type=field.type, choices=field.metadata.get("choices"))
+            if field.type is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument("--" + field.name.replace("_", "-"),
+                               default=defaults.get(field.name, field.default),
                                help=f"{field.metadata['help']} (%(default)r)", **how)
     values = vars(parser.parse_args(argv))
-    if problem := check(argparse.Namespace(**values)):
+    run, method = (kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+                   for kind in kinds)
+    if problem := out_of_range(run) or out_of_range(method) or contradiction(run, method):
         parser.error(problem)
-    return tuple(kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)}) for kind in kinds)
+    return run, method
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments, in one sentence, or None."""
-    for name in ("questions", "max_prompt", "max_response", "updates", "micro_tokens", "max_rows", "steps",
-                 "save_every", "keep", "holdout", "min_context", "eval_questions"):
-        if getattr(args, name) < 1:
-            return f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
-    for name in ("seed", "max_refills", "eval_every", "show", "shard_group", "clip_low", "clip_high", "decay"):
-        if not getattr(args, name) >= 0:
-            return f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative"
-    laws = {
-        f"--group-size {args.group_size}: a group needs at least 2 responses to compare": args.group_size >= 2,
-        f"--reward {args.reward}: questions with answers have no next token, use answer or format":
-            args.stage != "rlvr" or args.reward not in ("prefix", "first-token", "dense", "conditional-dense", "gain"),
-        f"--temperature {args.temperature}: must be above 0, a greedy policy has no gradient": args.temperature > 0,
-        "--model is missing: a model directory or hub id":
-            args.model or (args.recipe == "toy" and args.stage == "rpt" and not args.corpus),
-        "--corpus is missing: a .jsonl or .txt file, or a folder of them": not args.model or args.corpus or args.plan}
-    return next((sentence for sentence, kept in laws.items() if not kept), None)
+def out_of_range(options) -> str | None:
+    """The first number that is not finite or outside the limits in its field's definition."""
+    for field in dataclasses.fields(options):
+        value, limits = getattr(options, field.name), field.metadata
+        if field.type not in (int, float):
+            continue
+        words = [f"{name.replace('_', ' ')} {limits[name]}"
+                 for name, kept in (("at_least", lambda limit: value >= limit),
+                                    ("above", lambda limit: value > limit),
+                                    ("at_most", lambda limit: value <= limit))
+                 if name in limits and not kept(limits[name])]
+        if words or not math.isfinite(value):
+            name = "--" + field.name.replace("_", "-")
+            return f"{name} {value}: must be {' and '.join(words) or 'a finite number'}"
+    return None
 
 
-# ---------------------------------------------------------------------------------------------- processes and shards
+def contradiction(run: Run, method: Method) -> str | None:
+    """What speaks against these options together, in one sentence, or None."""
+    if not run.model:
+        return "--model is missing: a model directory or hub id"
+    if not run.corpus:
+        return "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id"
+    if run.filter != "threshold" and not 0 < run.filter_value <= 1:
+        return f"--filter-value {run.filter_value}: the share of {run.filter} is above 0, at most 1"
+    if run.stage == "rlvr" and run.reward not in ("answer", "format"):
+        return (f"--reward {run.reward}: questions with answers have no next token, use answer or "
+                "format")
+    if run.stage == "rpt" and run.reward == "answer":
+        return "--reward answer: positions of a text have no answer; use --stage rlvr"
+    if run.max_context and run.max_context < run.min_context:
+        return f"--max-context {run.max_context}: below --min-context {run.min_context}"
+    if run.stage != "ntp" and run.holdout < 1 and run.eval_questions:
+        return "--holdout 0: nothing to evaluate on; with --eval-questions 0 nothing is held out"
+    return None
 
 
-def start(run: Run) -> torch.device:
-    """This process's device; joins the process group where there are several processes or the masters are sharded."""
-    kind = run.device or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
-    device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-    if kind != "cpu":
+@dataclass(frozen=True)
+class Setup:
+    """What every stage begins with."""
+
+    run: Run
+    method: Method
+    device: torch.device
+    source: Path  # the model's directory
+    tokenizer: Tokenizer
+
+    @property
+    def out(self) -> Path:
+        return Path(self.run.out)
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.run.cache or self.out.parent / "cache")
+
+
+def prepare(run: Run, method: Method) -> Setup:
+    """Finds the model and checks what can be checked before anything is written."""
+    device, source = choose_device(run.device), resolve(run.model)
+    config, tokenizer = read_config(source), Tokenizer.from_dir(source)
+    check_vocabulary(tokenizer, config.vocab_size, source)
+    needed = method.max_prompt + (0 if run.stage == "ntp" else method.max_response)
+    if needed > config.max_position_embeddings:
+        raise ValueError(f"{source}: the model has max_position_embeddings "
+                         f"{config.max_position_embeddings}, prompt and response together may have "
+                         f"{needed} tokens; lower --max-prompt or --max-response")
+    if run.stage != "ntp":
+        data.prompt_ids(tokenizer, Question((), (), 0, 0), method.template, method.max_prompt)
+    for file in filter(None, (run.answers, run.choices)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such file of questions")
+    if problem := belongs_elsewhere(Path(run.out), settings(run, method), {}):
+        raise ValueError(problem)
+    return Setup(run, method, device, source, tokenizer)
+
+
+# -------------------------------------------------------------------------- processes and shards
+
+
+def start(run: Run, device: torch.device) -> None:
+    """Joins the process group, where there are several processes or the masters are sharded."""
+    if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or run.dtype != "float32":
-        store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-        # torchrun keeps its store when it restarts the processes, with the addresses of the dead in it
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return device
-
-
-def shard_size(run: Run, world: int) -> int:
-    """How many of the `world` processes share one copy of the weights."""
-    if run.shard_group and world % run.shard_group:
-        raise ValueError(f"--shard-group {run.shard_group} does not divide the {world} processes")
-    return run.shard_group or world
+        store, rank, world = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the processes, with addresses of the dead in it
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
+                                rank=rank, world_size=world)
+        if run.shard_group and world % run.shard_group:
+            raise ValueError(f"--shard-group {run.shard_group} does not divide {world} processes")
 
 
 def shard(model: Transformer, run: Run, device_type: str) -> None:
-    """FSDP2: each block a group, embedding, final norm and head another; gradients are summed in float32."""
+    """FSDP2: each block a group, embedding, norm and head another; gradients summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     world = dist.get_world_size()
-    size = shard_size(run, world)
-    shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
-    how = dict(mesh=init_device_mesh(device_type, shape, mesh_dim_names=names), mp_policy=MixedPrecisionPolicy(
-        param_dtype=DTYPES[run.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False))
+    size = run.shard_group or world
+    shape, names = ((world,), ("shard",))
+    if size < world:
+        shape, names = ((world // size, size), ("replicate", "shard"))
+    precision = MixedPrecisionPolicy(param_dtype=DTYPES[run.dtype], reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
+    how = dict(mesh=init_device_mesh(device_type, shape, mesh_dim_names=names), mp_policy=precision)
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
-    for module in (model, *model.model.layers):  # the loss is divided by the tokens of all processes: never average
+    for module in (model, *model.model.layers):  # the loss is divided by everyone's tokens already
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 def build(directory: Path, run: Run, device: torch.device) -> Transformer:
-    """The model with float32 master weights, read from the files straight into this process's shards."""
+    """The model with float32 master weights, read from the files into this process's shards."""
     with torch.device("meta"):
         model = Transformer(read_config(directory))
-    if dist.is_initialized():  # one process in float32 shards nothing: on the toy that would cost a fifth of a step
+    if dist.is_initialized():  # one float32 process shards nothing: on the toy that costs a fifth
         shard(model, run, device.type)
     model.to_empty(device=device)
     load_weights(model, directory)
     for block in model.model.layers:
         block.checkpoint_activations = run.checkpoint_activations
-    if run.compile:
-        model.compile_blocks()
     return model
 
 
-def make_optimizers(model: Transformer, run: Run) -> list[torch.optim.Optimizer]:
-    """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if run.optimizer == "muon" else []
-    chosen = set(map(id, matrices))
-    rest, rate = [p for p in model.parameters() if id(p) not in chosen], 0.003 if matrices else run.lr
-    adamw = torch.optim.AdamW([{"params": rest, "peak": rate}], betas=(0.9, run.beta2), weight_decay=run.weight_decay)
-    muon = [{"params": matrices, "peak": run.lr}]
-    return [adamw, torch.optim.Muon(muon, weight_decay=run.weight_decay)] if matrices else [adamw]
+# -------------------------------------------------------------------------------- the run's folder
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, run: Run) -> None:
-    """A plateau at the peak, and a linear fall over the last `decay` of the steps."""
-    fall = run.decay * run.steps
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak"] * (min(1.0, (run.steps - step) / fall) if fall else 1.0)
+def settings(run: Run, method: Method) -> dict:
+    """All options by name."""
+    return dataclasses.asdict(run) | dataclasses.asdict(method)
 
 
-# ---------------------------------------------------------------------------------------------- the run's folder
+def step_of(checkpoint: Path) -> int:
+    """The number of steps behind a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path.glob("checkpoints/step-*"), key=step_of)
+
+
+def belongs_elsewhere(path: Path, options: dict, inputs: dict[str, str]) -> str | None:
+    """Why a run's folder cannot be gone on with, or None. Without a finished step it is free."""
+    file = path / "run.json"
+    if not file.exists() or not checkpoints(path):
+        return None
+    before = json.loads(file.read_text())
+    changed = [f"{name} was {before.get(name)!r}, now {value!r}"
+               for name, value in sorted(options.items())
+               if before.get(name) != value and name not in FREE]
+    changed += [f"the content of the {name} is another one" for name, value in inputs.items()
+                if before["inputs"].get(name) != value]
+    if changed:
+        return (f"{path} belongs to another configuration ({', '.join(changed)}); "
+                "choose another --out or delete it")
+    return None
 
 
 @contextlib.contextmanager
 def replacing(place: Path) -> Iterator[Path]:
-    """A folder for all processes to write to, beside `place`, that takes its place when it is complete."""
+    """A folder for all processes to write to, beside `place`, that takes its place when
+    complete."""
     aside, first = place.with_name("unfinished"), rank_and_world()[0] == 0
     if first and aside.exists():
         shutil.rmtree(aside)
@@ -241,106 +329,103 @@ def replacing(place: Path) -> Iterator[Path]:
 
 
 class RunFolder(contextlib.ExitStack):
-    """Checkpoints and logs of one run. What is written is complete or invisible, whenever the process dies.
+    """Checkpoints and logs of one run. What is written is complete or invisible, whenever the
+    process dies.
 
-    A checkpoint has the checksums of its files. It remembers how long the logs were, so a resumed run cuts off what
-    an interrupted one wrote after it, and writes the same again.
+    A checkpoint has the checksums of its files. It remembers how long the logs were, so a resumed
+    run cuts off what an interrupted one wrote after it, and writes the same again.
     """
 
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, options: dict, inputs: dict[str, str]):
         super().__init__()
         self.path, (self.rank, self.world) = path, rank_and_world()
         try:
-            problem = self._claim(settings) if self.rank == 0 else None
+            problem = self._claim(options, inputs) if self.rank == 0 else None
         except OSError as error:
             problem = f"{path}: cannot be written ({error.strerror})"
         if problem := all_gather(problem)[0]:
             self.close()
             raise ValueError(problem)
 
-    def _claim(self, settings: dict) -> str | None:
-        """Locks the folder until this object is closed; what speaks against writing to it, or None."""
+    def _claim(self, options: dict, inputs: dict[str, str]) -> str | None:
+        """Locks the folder until this is closed; what speaks against writing to it, or None."""
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = self.enter_context(open(self.path / "lock", "w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return f"{self.path}: another run is writing to this folder"
-        file = self.path / "run.json"
-        if not file.exists():
-            return write_json(file, settings)
-        before = json.loads(file.read_text())
-        changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in sorted(settings.items())
-                   if before.get(name) != value and name not in FREE]
-        if changed:
-            return (f"{self.path} belongs to another configuration ({', '.join(changed)}); "
-                    "choose another --out or delete it")
+        problem = belongs_elsewhere(self.path, options, inputs)
+        if problem:
+            return problem
+        for name in ("model", "corpus", "proxy", "cache", "answers", "choices"):
+            if options[name] and Path(options[name]).exists():  # the folder may move with its world
+                options[name] = os.path.relpath(options[name], self.path)
+        write_json(self.path / "run.json", options | {"inputs": inputs})
 
-    def log(self, name: str, rows: list[dict]) -> None:
+    def log(self, name: str, *rows: dict | None) -> None:
         """Appends rows to a log (first process only)."""
-        if self.rank == 0 and rows:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows if row]
+        if self.rank == 0 and lines:
             with open(self.path / name, "a") as out:
-                out.write("".join(json.dumps(row) + "\n" for row in rows))
+                out.write("".join(lines))
 
-    def save(self, step: int, keep: int, strikes: int, *trained) -> None:
-        """A checkpoint of what is `trained` (see training_state) after `step` steps; the newest `keep` stay."""
+    def save(self, step: int, keep: int, strikes: int, state: Callable[[], dict]) -> None:
+        """A checkpoint of `state()` after `step` steps; the newest `keep` stay."""
         import torch.distributed.checkpoint as dcp
         with replacing(self.path / "checkpoints" / f"step-{step:06d}") as aside:
-            dcp.save(training_state(*trained), checkpoint_id=aside)
-            mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] if self.rank == 0 else [])]
+            dcp.save(state(), checkpoint_id=aside)
+            mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] * (self.rank == 0))]
             parts = all_gather({file.name: file_digest(file) for file in mine})
             if self.rank == 0:
-                state = {"step": step, "strikes": strikes, "logs": {}, "files": dict(ChainMap(*parts))}
+                about = {"step": step, "strikes": strikes, "logs": {}, "files": ChainMap(*parts)}
                 for name in self.LOGS:
                     with open(self.path / name, "ab") as log:
                         os.fsync(log.fileno())
-                        state["logs"][name] = log.tell()
-                write_json(aside / "state.json", state)
-        for old in sorted(self.path.glob("checkpoints/step-*"))[: -keep] if self.rank == 0 else []:
+                        about["logs"][name] = log.tell()
+                write_json(aside / "state.json", about | {"files": dict(about["files"])})
+        for old in checkpoints(self.path)[:-keep] if self.rank == 0 else []:
             shutil.rmtree(old)
 
-    def resume(self, model: Transformer, optimizers: list, average: Transformer | None) -> tuple[int, int]:
-        """Loads the newest intact checkpoint, cuts the logs to it; (steps done, strikes), (0, 0) without one."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-        state = {"step": 0, "strikes": 0, "logs": dict.fromkeys(self.LOGS, 0)}
-        for place in sorted(self.path.glob("checkpoints/step-*"), reverse=True):
+    def resume(self, load: Callable[[Path], None]) -> tuple[int, int]:
+        """Loads the newest intact checkpoint and cuts the logs to it; (steps done, strikes).
+
+        A damaged one is set aside, under another name. ValueError if there are checkpoints and none
+        is intact: to begin again would lose what the logs say.
+        """
+        places, about = checkpoints(self.path), {"step": 0, "strikes": 0, "logs": {}}
+        all_gather(None)  # everyone has looked
+        for place in reversed(places):
             if problem := next(filter(None, all_gather(self._damage(place))), None):
-                say(f"{place.name} is damaged ({problem}): using the one before it")
+                print0(f"{place.name} is damaged ({problem}): set aside, using the one before it")
+                if self.rank == 0:
+                    place.rename(place.with_name(f"damaged-{time.time_ns()}-{place.name}"))
                 continue
-            state, stored = json.loads((place / "state.json").read_text()), training_state(model, optimizers, average)
-            dcp.load(stored, checkpoint_id=place)
-            set_state_dict(model, optimizers, model_state_dict=stored["model"], optim_state_dict=stored["optimizers"])
-            say(f"{self.path}: going on after step {state['step']}")
+            load(place)
+            about = json.loads((place / "state.json").read_text())
+            print0(f"{self.path}: going on after step {about['step']}")
             break
-        for name, size in state["logs"].items() if self.rank == 0 else ():
+        else:
+            if places:
+                raise ValueError(f"{self.path}/checkpoints: no checkpoint is intact; mend one, or "
+                                 "choose another --out")
+        for name in self.LOGS if self.rank == 0 else ():
             with open(self.path / name, "ab") as log:
-                log.truncate(size)
+                log.truncate(min(log.tell(), about["logs"].get(name, 0)))
         all_gather(None)
-        return state["step"], state["strikes"]
+        return about["step"], about["strikes"]
 
     def _damage(self, place: Path) -> str | None:
         """What is wrong with a checkpoint's files; each process reads its share."""
         try:
             files = json.loads((place / "state.json").read_text())["files"]
-            wrong = [name for name in sorted(files)[self.rank:: self.world] if file_digest(place / name) != files[name]]
+            mine = sorted(files)[self.rank:: self.world]
+            wrong = [name for name in mine if file_digest(place / name) != files[name]]
         except (OSError, ValueError, KeyError) as error:
             return f"{type(error).__name__}: {error}"
         return f"checksum of {wrong[0]}" if wrong else None
-
-
-FREE = ("steps", "save_every", "keep", "show", "log_questions", "eval_every", "plan", "device", "out", "micro_tokens",
-        "max_rows", "cache_tokens", "shard_group", "checkpoint_activations",
-        "compile")  # options that a resumed run may change
-
-
-def training_state(model: Transformer, optimizers: list, average: Transformer | None) -> dict:
-    """What a checkpoint holds: weights, moments, and the averaged weights if the reward needs them."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    weights, moments = get_state_dict(model, optimizers)
-    return {"model": weights, "optimizers": moments} | ({"average": average.state_dict()} if average else {})
 
 
 def file_digest(file: Path) -> str:
@@ -353,13 +438,13 @@ def write_json(file: Path, value: object) -> None:
     """Writes a small file completely or not at all."""
     aside = file.with_name(file.name + ".new")
     with open(aside, "w") as out:
-        json.dump(value, out, indent=1)
+        json.dump(value, out, indent=1, allow_nan=False)
         out.flush()
         os.fsync(out.fileno())
     aside.replace(file)
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """Prints a line, once for all processes, without breaking a progress bar."""
     if rank_and_world()[0] == 0:
         tqdm.write(text)
@@ -367,13 +452,17 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step; a second one acts at once."""
+    """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step. A second
+    one, a second later, acts at once: torchrun passes a Ctrl-C on that we have had already."""
     requests: list[int] = []
+    began: list[float] = []
 
     def note(number: int, frame) -> None:
-        requests.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        if not began or time.monotonic() < began[0] + 1:
+            began.append(time.monotonic())
+            return requests.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -383,258 +472,342 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
-# ---------------------------------------------------------------------------------------------- stages
+# ---------------------------------------------------------------------------- figures of a step
 
 
-def rollout_rows(step: int, groups: list[Group], tokenizer: Tokenizer, limit: int) -> list[dict]:
-    """What rollouts.jsonl says about a step, one row per response, of all processes; `limit`: see log_questions."""
-    text = lambda content: None if content is None else content.decode(errors="backslashreplace")  # noqa: E731
-    rows = [{"step": step, "question": list(g.number), "document": q.document, "position": q.position,
-             "entropy": q.entropy if math.isfinite(q.entropy) else None,
-             "context": text(tokenizer.bytes_of(q.context[-48:])), "truth": text(b"".join(q.truth[:4])),
-             "response": text(response), "reward": reward, "prediction": text(extract_prediction(response)),
-             "advantage": advantage, "finished": c.finished, "tokens": len(c.ids)}
-            for g in groups if limit < 0 or g.number[1] < limit for q in [g.question] for response, reward, advantage, c
-            in zip(g.responses, g.rewards, g.advantages, g.completions)]
-    return sorted((row for part in all_gather(rows) for row in part), key=lambda row: row["question"])
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over all processes' groups, those that dynamic sampling replaced among them: what the
+    policy said and earned. `informative_expected` is the mean of 1 - p^G - (1 - p)^G, p being a
+    question's pass rate."""
+    said = [(reward, reward >= 1, len(c.ids), not c.finished,
+             c.finished and extract_prediction(text) is not None)
+            for group in groups
+            for reward, text, c in zip(group.rewards, group.responses, group.completions)]
+    asked = []
+    for group in groups:
+        size = len(group.rewards)
+        p = sum(reward >= 1 for reward in group.rewards) / size
+        asked.append((group.kept, p == 1, p == 0, 1 - p**size - (1 - p) ** size))
+    said, asked = np.array(said).reshape(-1, 5), np.array(asked).reshape(-1, 4)
+    responses, drawn, *sums = all_sum(len(said), len(asked), *said.sum(0), *asked.sum(0))
+    names = ("reward", "accuracy", "length", "truncated", "parsed", "kept", "all_right",
+             "all_wrong", "informative_expected")
+    means = np.array(sums) / np.repeat((max(responses, 1), max(drawn, 1)), (5, 4))
+    longest = max(all_gather(max(said[:, 2], default=0.0)))
+    return dict(zip(names, means.tolist())) | {
+        "groups": drawn, "responses": responses, "length_max": float(longest)}
+
+
+def costs(model: Transformer, groups: Sequence[Group], method: Method, timing: dict) -> dict:
+    """What a step took: tokens and FLOPs of all processes, and the seconds of the slowest one."""
+    trained = [group for group in groups if group.kept and group.informative]
+    flops = group_flops(model, groups) + 3 * method.updates * group_flops(model, trained)
+    learned = method.updates * sum(len(c.ids) for group in trained for c in group.completions)
+    tokens = all_sum(timing["prefill_tokens"], timing["decode_tokens"], learned, flops)
+    names = ("prefill", "decode", "train")
+    seconds = [timing["prefill_seconds"], timing["decode_seconds"], timing["train"]]
+    slowest = [max(column) for column in zip(*all_gather([timing["rollout"], *seconds]))]
+    speeds = {f"{name}_tokens_per_s": n / max(s, 1e-9)
+              for name, n, s in zip(names, tokens, slowest[1:])}
+    return {"prefill_tokens": tokens[0], "decode_tokens": tokens[1], "flops": tokens[3],
+            "time": dict(zip(("rollout", *names), slowest)) | speeds}
+
+
+def group_flops(model: Transformer, groups: Sequence[Group]) -> float:
+    """Floating-point operations of a forward pass over groups, each prompt computed once."""
+    total = 0.0
+    for group in groups:
+        prompt, tokens = len(group.prompt), sum(len(c.ids) for c in group.completions)
+        attended = prompt + tokens / len(group.completions) / 2
+        total += forward_flops(model.config, prompt, prompt / 2)
+        total += forward_flops(model.config, tokens, attended)
+    return total
+
+
+def rollout_rows(step: int, groups: Sequence[Group], policy: Policy, limit: int) -> list[dict]:
+    """What rollouts.jsonl says about a step, a row per response, of all processes."""
+    def text(content: bytes | None) -> str | None:
+        return None if content is None else content.decode(errors="backslashreplace")
+
+    rows = []
+    for group in groups:
+        question = group.question
+        about = {"step": step, "question": list(group.number), "document": question.document,
+                 "position": question.position, "entropy": question.entropy, "kept": group.kept,
+                 "context": text(policy.tokenizer.bytes_of(question.context[-48:])),
+                 "truth": question.answer or text(b"".join(question.truth[:4]))}
+        for c, response, reward, advantage in zip(
+                group.completions, group.responses, group.rewards, group.advantages):
+            said = {"response": text(response), "reward": reward, "advantage": advantage,
+                    "prediction": text(extract_prediction(response)) if c.finished else None,
+                    "finished": c.finished, "tokens": len(c.ids)}
+            rows.append({name: value for name, value in (about | said).items()
+                         if not isinstance(value, float) or math.isfinite(value)})
+    rows = [row for part in all_gather(rows) for row in part if not 0 <= limit <= row["question"][1]]
+    return sorted(rows, key=lambda row: row["question"])
 
 
 def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> None:
     """Some of a step's rollouts, and its figures in the progress bar."""
-    for row in rows[: run.show if run.show else step in (0, run.steps - 1)]:
-        say(f"step {step}, a rollout:\n  ...{row['context'][-160:]!r}\n  truth {row['truth']!r}; reward "
-            f"{row['reward']:g}, advantage {row['advantage']:+.2f}, {row['tokens']} tokens\n"
-            f"  response {row['response']!r}")
-    figures = {"reward": "reward", "accuracy": "accuracy", "length": "length", "loss": "loss", "gradient": "grad_norm"}
-    speeds = {key: metrics["time"].get(f"{key}_tokens_per_s") for key in ("decode", "train")}
-    bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in figures.items() if key in metrics}
-                    | {key: f"{speed:,.0f} tok/s" for key, speed in speeds.items() if speed}, refresh=False)
+    for row in rows[: run.show or int(step in (0, run.steps - 1))]:
+        print0(f"step {step}, a rollout:\n  ...{row['context'][-160:]!r}\n"
+               f"  response {row['response']!r}\n  truth {row['truth']!r}, reward "
+               f"{row.get('reward')}, advantage {row.get('advantage')}, {row['tokens']} tokens")
+    figures = metrics | metrics["time"]
+    names = ("reward", "accuracy", "length", "loss", "grad_norm", "decode_tokens_per_s",
+             "train_tokens_per_s")
+    bar.set_postfix({name: f"{figures[name]:.4g}" for name in names if name in figures},
+                    refresh=False)
     bar.update()
 
 
-def train(run: Run, method: Method, source: Path, tokenizer: Tokenizer, device: torch.device, one_step: Callable,
-          evaluate: Callable[[Transformer], dict] | None = None) -> Transformer:
-    """The loop of every stage: learning rate, step, logs, checkpoint; the model, which is also exported.
+class Patience:
+    """Ends a run whose numbers are not finite, and says once that steps teach nothing."""
 
-    one_step(step, model, optimizers, average) gives groups and metrics; evaluate(model) a row of evals.jsonl.
+    def __init__(self, strikes: int):
+        self.strikes = strikes  # steps in a row that were skipped
+        self.idle = 0  # steps in a row without an informative group
+
+    def see(self, step: int, metrics: dict) -> None:
+        """FloatingPointError after STRIKES skipped steps in a row; a warning joins the metrics."""
+        self.strikes = self.strikes + 1 if metrics["skipped"] else 0
+        if self.strikes:
+            print0(f"step {step}: a loss, gradient or log-probability is not finite; "
+                   "the weights stay as they were")
+        if self.strikes == STRIKES:
+            raise FloatingPointError(
+                f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
+                "lower --lr; the same command goes on from the last good checkpoint")
+        self.idle = 0 if metrics.get("informative", 1) else self.idle + 1
+        if self.idle == PATIENCE:
+            metrics["warning"] = (f"no group was informative for {PATIENCE} steps, nothing is "
+                                  f"learned: {nothing_learned(metrics)}")
+            print0(f"step {step}: {metrics['warning']}")
+
+
+def nothing_learned(metrics: dict) -> str:
+    """The likely reason why no group of a step was informative."""
+    if metrics["parsed"] == 0:
+        return "no response holds a prediction that can be read; a cold start teaches the format"
+    if metrics["truncated"] == 1:
+        return "no response ends within --max-response"
+    if metrics["all_right"] == 1:
+        return "every response is right; the questions are too easy"
+    return "the rewards of each group are equal"
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def training_state(model: Transformer, optimizer: torch.optim.Optimizer,
+                   extra: dict[str, torch.nn.Module]) -> dict:
+    """What a checkpoint holds: weights, moments, and the weights of whatever else is kept."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    weights, moments = get_state_dict(model, optimizer)
+    more = {name: module.state_dict() for name, module in extra.items()}
+    return {"model": weights, "optimizer": moments} | ({"extra": more} if more else {})
+
+
+def load_state(place: Path, model: Transformer, optimizer: torch.optim.Optimizer,
+               extra: dict[str, torch.nn.Module]) -> None:
+    """Reads a checkpoint back, into any number of processes."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    state = training_state(model, optimizer, extra)
+    dcp.load(state, checkpoint_id=place)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+
+
+def train(setup: Setup, inputs: dict[str, str], one_step: Callable,
+          evaluate: Callable[[Policy, int], dict | None],
+          extra: Callable[[Policy], dict] | None = None) -> Policy:
+    """The loop of every stage: step, logs, evaluation, checkpoint; the policy is also exported.
+
+    inputs: fingerprints of what the run is made of. one_step(policy, optimizer, step) gives groups
+    and metrics; evaluate(policy, step) a row of evals.jsonl, before the first step and after each
+    --eval-every; extra(policy) further modules by name that a checkpoint has to hold.
     """
-    with RunFolder(Path(run.out), dataclasses.asdict(run) | dataclasses.asdict(method)) as folder:
-        model = build(source, run, device)
-        average = build(source, run, device) if run.reward == "gain" and run.stage != "ntp" else None
-        trained = model, make_optimizers(model, run), average
-        begin, strikes = folder.resume(*trained)
-        bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step", disable=folder.rank > 0,
-                   mininterval=0.5)
-        with stop_requests() as requests:
-            for step in range(begin, run.steps):
-                set_learning_rate(trained[1], step, run)
-                groups, metrics = one_step(step, *trained)
-                rows = rollout_rows(step, groups, tokenizer, run.log_questions)
-                folder.log("rollouts.jsonl", rows)
-                folder.log("metrics.jsonl", [{"step": step} | metrics])
-                if evaluate and run.eval_every and (step + 1) % run.eval_every == 0:
-                    folder.log("evals.jsonl", [{"step": step + 1} | evaluate(model)])
-                show(run, step, rows, metrics, bar)
-                strikes = strikes + 1 if metrics["skipped"] else 0
-                if strikes:
-                    say(f"step {step}: a loss, gradient or log-probability is not finite; "
-                        "the weights stay as they were")
-                if strikes == STRIKES:
-                    raise FloatingPointError(
-                        f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
-                        f"lower --lr; the last good checkpoint is in {folder.path}/checkpoints")
-                stopping = max(all_gather(max(requests, default=0)))
-                if stopping or (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-                    folder.save(step + 1, run.keep, strikes, *trained)
-                if stopping:
-                    name = signal.Signals(stopping).name
-                    say(f"stopped by {name} after step {step}; the same command goes on from there")
-                    sys.exit(128 + stopping)
+    run = setup.run
+    with RunFolder(setup.out, settings(run, setup.method), inputs) as folder, stop_requests() as requests:
+        policy = Policy(build(setup.source, run, setup.device), setup.tokenizer)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr,
+                                      betas=(0.9, run.beta2), weight_decay=run.weight_decay)
+        trained = policy.model, optimizer, extra(policy) if extra else {}
+        begin, strikes = folder.resume(lambda place: load_state(place, *trained))
+        if begin == 0:
+            folder.log("evals.jsonl", evaluate(policy, 0))
+        patience = Patience(strikes)
+        bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step",
+                   disable=folder.rank > 0, mininterval=0.5)
+        for step in range(begin, run.steps):
+            groups, metrics = one_step(policy, optimizer, step)
+            rows, done = rollout_rows(step, groups, policy, run.log_questions), step + 1
+            patience.see(step, metrics)
+            folder.log("rollouts.jsonl", *rows)
+            folder.log("metrics.jsonl", {"step": step} | metrics)
+            if done == run.steps or run.eval_every and done % run.eval_every == 0:
+                folder.log("evals.jsonl", evaluate(policy, done))
+            show(run, step, rows, metrics, bar)
+            stopping = max(all_gather(max(requests, default=0)))
+            if stopping or done == run.steps or done % run.save_every == 0:
+                folder.save(done, run.keep, patience.strikes, lambda: training_state(*trained))
+            if stopping and done < run.steps:
+                print0(f"stopped by {signal.Signals(stopping).name} after step {step}; "
+                       "the same command goes on from there")
+                sys.exit(128 + stopping)
         bar.close()
-        export(model, tokenizer, Path(run.out) / "model")
-    return model
+        export(policy, setup.out / "model")
+    return policy
 
 
-def export(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
+def export(policy: Policy, directory: Path) -> None:
     """The trained model as a Hugging Face directory, complete or absent."""
     with replacing(directory) as aside:
-        save_pretrained(model, aside, tokenizer)
-    say(f"model written to {directory}")
+        save_pretrained(policy.model, aside, policy.tokenizer)
+    print0(f"model written to {directory}")
 
 
-def ntp_stage(run: Run, method: Method, device: torch.device, runs: list[list[int]] | None = None) -> Transformer:
-    """Next-token prediction on the training documents of a corpus, or on given runs in their order."""
-    source = resolve(run.model)
-    tokenizer = Tokenizer.from_dir(source)
-    check_vocabulary(tokenizer, read_config(source).vocab_size, source)
-    texts = runs or []
-    if not runs:
-        documents, _, _ = data.split_holdout(read_corpus(run.corpus), run.holdout, run.seed)
-        for ids in tokenizer.encode_batch([document.text for document in documents]):
-            ids = tokenizer.bos + ids + tokenizer.eos_ids[:1]
-            texts += [ids[i: i + method.max_prompt] for i in range(0, len(ids), method.max_prompt)]
-    if not any(len(ids) > 1 for ids in texts):
-        raise ValueError(f"{run.corpus}: no document is left to train on beside {run.holdout} held-out ones")
+def next_token_step(model: Transformer, optimizer: torch.optim.Optimizer,
+                    sequences: Sequence[tuple[Sequence[int], int]], method: Method) -> dict:
+    """One step of next-token prediction on (ids, first) pairs, the same list on every process: the
+    paper's baseline, and supervised training. Each token from index `first` on, at least 1, counts
+    the same.
 
-    def batch(step: int) -> list[list[int]]:
-        n = method.questions
-        return runs[step * n: (step + 1) * n] if runs else [
-            texts[i] for i in data.draw(len(texts), run.seed, step, 0, n)]
+    It is the gradient of a policy that is rewarded for what stands there: what precedes `first` is
+    the prompt, what follows a response whose advantage is 1.
+    """
+    (rank, world), begin = rank_and_world(), time.perf_counter()
+    trained = sum(len(ids) - max(first, 1) for ids, first in sequences)
+    total = sum(len(ids) for ids, _ in sequences)
+    examples = []
+    for ids, first in sequences[rank::world]:
+        response = ids[max(first, 1):]
+        learned = Response(response, [0.0] * len(response), advantage=1.0, weight=1 / trained)
+        examples.append((ids[: max(first, 1)], [learned]))
+    optimizer.zero_grad(set_to_none=True)
+    plain = dataclasses.replace(method, temperature=1.0, updates=1)
+    metrics = optimizer_step(model, optimizer, accumulate(model, examples, plain), method.grad_clip)
+    if not metrics["skipped"]:
+        metrics["loss"] = metrics["nll"]
+    seconds = time.perf_counter() - begin
+    return metrics | {"flops": 3 * forward_flops(model.config, total, total / len(sequences) / 2),
+                      "time": {"train": seconds, "train_tokens_per_s": trained / seconds}}
 
-    return train(run, method, source, tokenizer, device, lambda step, model, optimizers, average: (
-        [], ntp_step(model, optimizers, batch(step), method)))
+
+def ntp_stage(setup: Setup) -> Policy:
+    """Next-token prediction on a corpus: plain text, or the responses of prompt and response
+    rows."""
+    run, method = setup.run, setup.method
+    corpus = data.load_corpus(run.corpus, setup.tokenizer, setup.cache, run.holdout, run.seed)
+    sequences = data.sequences(corpus, method.max_prompt)
+    if not len(sequences):
+        raise ValueError(f"{run.corpus}: no document is left to train on beside "
+                         f"{run.holdout} held-out ones")
+
+    def one_step(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> tuple[list, dict]:
+        chosen = data.random_indices(len(sequences), run.seed, step, 0, method.questions)
+        batch = [sequences[n] for n in chosen]
+        return [], next_token_step(policy.model, optimizer, batch, method)
+
+    def evaluate(policy: Policy, step: int) -> dict | None:
+        if not (run.eval_questions and run.holdout):
+            return None
+        found = evaluation.perplexity(policy.model, corpus, method.max_prompt)
+        print0("step {}: held-out perplexity {:.3f}".format(step, found[0]))
+        return {"step": step, "perplexity": found}
+
+    inputs = {"corpus": corpus.fingerprint, "model": fingerprint(setup.source)}
+    return train(setup, inputs, one_step, evaluate)
 
 
-def rl_stage(run: Run, method: Method, device: torch.device) -> tuple[Transformer, Tokenizer, list[Question]]:
-    """RPT on the selected positions of a corpus (rpt), or on its questions and answers (rlvr)."""
-    source = resolve(run.model)
-    tokenizer = Tokenizer.from_dir(source)
-    check_vocabulary(tokenizer, read_config(source).vocab_size, source)
-    documents = read_corpus(run.corpus)
-    if len(documents) <= run.holdout:
-        raise ValueError(f"{run.corpus}: {len(documents)} documents, of which --holdout {run.holdout} "
-                         "leaves none to train on")
+def rl_stage(setup: Setup, reward: Callable, one_step: Callable,
+             extra: Callable[[Policy], dict] | None) -> Policy:
+    """RPT on the selected positions of a corpus (rpt), or on its questions and answers (rlvr); then
+    the table of accuracies before and after."""
+    run, method, tokenizer = setup.run, setup.method, setup.tokenizer
+    inputs = {"model": fingerprint(setup.source)}
     if run.stage == "rlvr":
-        questions, held, table = data.answer_sets(tokenizer, documents, run.holdout, run.seed)
+        questions, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
+        inputs["corpus"] = fingerprint(*((q.context, q.answer) for q in (*questions, *held)))
     else:
-        questions, held, table = question_sets(
-            tokenizer, documents, run.proxy or source, Path(run.out) / "cache", holdout=run.holdout,
-            selector=run.selector, value=run.select, min_context=run.min_context, part=run.part, seed=run.seed,
-            window=method.max_prompt, device=device, dtype=DTYPES[run.dtype])
-    say(table)
-    held = evaluation.subset(held, run.eval_questions, run.seed)
+        corpus = data.load_corpus(run.corpus, tokenizer, setup.cache, run.holdout, run.seed)
+        proxy = resolve(run.proxy or setup.source)
+        where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
+                               run.region, run.seed)
+        questions, held, about = evaluation.question_sets(
+            corpus, evaluation.Proxy(proxy, setup.cache, method.max_prompt, setup.device,
+                                     DTYPES[run.dtype]), where)
+        inputs |= {"corpus": corpus.fingerprint, "proxy": fingerprint(proxy)}
+    if not len(questions):
+        raise ValueError(f"{run.corpus}: --holdout {run.holdout} leaves no document to train on")
+    print0(about)
 
-    def draw(step: int, retry: int) -> list[Question]:
-        return [questions[n] for n in data.draw(len(questions), run.seed, step, retry, method.questions)]
+    def step_of_run(policy: Policy, optimizer: torch.optim.Optimizer,
+                    step: int) -> tuple[list[Group], dict]:
+        def draw(step: int, retry: int) -> list[Question]:
+            chosen = data.random_indices(len(questions), run.seed, step, retry, method.questions)
+            return [questions[n] for n in chosen]
+        groups, metrics = one_step(policy, optimizer, draw, step, method, reward, run.seed)
+        costs_of = costs(policy.model, groups, method, metrics["time"])
+        return groups, metrics | rollout_metrics(groups) | costs_of
 
-    model = train(
-        run, method, source, tokenizer, device,
-        lambda step, model, optimizers, average: rpt_step(
-            model, tokenizer, optimizers, draw, step, method, REWARDS[run.reward], run.seed, average),
-        lambda model: evaluation.summary(evaluation.evaluate(model, tokenizer, held, method, seed=run.seed)))
-    return model, tokenizer, held
-
-
-def toy(run: Run, method: Method, device: torch.device) -> None:
-    """The whole story in miniature: a world, a weak reasoner pre-trained on it, RPT, and the table of accuracies."""
-    out, tokenizer = Path(run.out), data.toy_tokenizer()
-    world, base = out / "world", dataclasses.replace(run, **{k: v for k, v in TOY_BASE.items() if k != "questions"},
-                                                     model=str(out / "world" / "init"), out=str(out / "base"))
-    if rank_and_world()[0] == 0 and not (world / "corpus.jsonl").exists():
-        data.write_toy(world, run.seed)
-    all_gather(None)
-    documents = read_corpus(world / "corpus.jsonl")
-    _, held, _ = data.split_holdout(documents, run.holdout, run.seed)
-    if not (out / "base" / "model" / "config.json").exists():
-        torch.manual_seed(run.seed)
-        config = ModelConfig.from_dict(TOY_MODEL | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_ids[0]})
-        export(Transformer(config), tokenizer, world / "init")
-        ntp = dataclasses.replace(method, questions=TOY_BASE["questions"])
-        texts = frozenset(document.text for document in held)
-        stories = data.toy_stories(base.steps * ntp.questions, seed=1 + run.seed, exclude=texts)
-        say(f"pre-training a weak base model on {len(stories):,} stories and thoughts, by next-token prediction")
-        ntp_stage(base, ntp, device, data.toy_runs(tokenizer, stories, run.seed))
-    say("reinforcement pre-training of the base model")
-    run = dataclasses.replace(run, model=str(out / "base" / "model"), corpus=str(world / "corpus.jsonl"))
-    model, tokenizer, questions = rl_stage(run, method, device)
-    after = evaluation.evaluate(model, tokenizer, questions, method, seed=run.seed)
-    before = evaluation.evaluate(build(resolve(run.model), run, device), tokenizer, questions, method, seed=run.seed)
-    if rank_and_world()[0] == 0:
-        write_json(out / "table.json", {"base": evaluation.summary(before), "rpt": evaluation.summary(after)})
-    say(evaluation.growth(out / "metrics.jsonl"))
-    say(evaluation.table({"base": before, "RPT": after}))
+    exams = Exams(setup, evaluation.subset(held, run.eval_questions, run.seed))
+    policy = train(setup, inputs, step_of_run, exams.sit, extra)
+    print0(evaluation.growth(setup.out))
+    return policy
 
 
-# ---------------------------------------------------------------------------------------------- the plan
+class Exams:
+    """What a run is asked: held-out questions, and before and after also --answers and
+    --choices."""
+
+    def __init__(self, setup: Setup, held: Sequence[Question]):
+        self.run, count = setup.run, setup.run.eval_questions
+        plain = dataclasses.replace(setup.method, template="plain")
+        answers = evaluation.answer_questions(self.run.answers, setup.tokenizer)
+        choices = evaluation.read_choices(self.run.choices)
+        self.exams = {"held-out": (evaluation.evaluate, held, setup.method),
+                      "answers": (evaluation.evaluate, answers[:count], plain),
+                      "choices": (evaluation.multiple_choice, choices[:count], plain)}
+
+    def sit(self, policy: Policy, step: int) -> dict | None:
+        """A row of evals.jsonl: a summary by exam."""
+        summaries = {}
+        for name, (measure, questions, method) in self.exams.items():
+            if len(questions) and (name == "held-out" or step in (0, self.run.steps)):
+                records = measure(policy, questions, method, seed=self.run.seed, progress=True)
+                summaries[name] = evaluation.summary(records)
+        return {"step": step} | summaries if summaries else None
 
 
-def plan(run: Run, method: Method, machine: Plan) -> str:
-    """Bytes of each process, work and time of a step, and what to change where it does not fit."""
-    c = read_config(resolve(run.model))
-    with torch.device("meta"):
-        model = Transformer(c)
-    lines = [f"{c.model_type}, {c.num_hidden_layers} layers, hidden {c.hidden_size}; {method.questions} questions x "
-             f"{method.group_size} responses; prompts of {machine.prompt_tokens} and responses of "
-             f"{machine.response_tokens} tokens on average; {machine.tflops:g} TFLOP/s, {machine.bandwidth:g} GB/s"]
-    for processes in [machine.processes] if machine.processes else [1, 8, 64]:
-        for memory in [machine.memory] if machine.memory else [80, 192]:
-            lines += _plan_one(run, method, machine, model, processes, memory)
-    return "\n".join(lines)
-
-
-def _plan_one(run: Run, method: Method, machine: Plan, model: Transformer, processes: int, memory: int) -> list[str]:
-    c, width, gb, usable = model.config, DTYPES[run.dtype].itemsize, 1e9, 0.92 * memory * 1e9
-    whole = sum(p.numel() for p in model.parameters())
-    mine = sum(-(-len(p) // shard_size(run, processes)) * p[0].numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    gathered = whole - (c.num_hidden_layers - 2) * block  # the root stays, and a block is fetched while one computes
-    kv_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
-    tokens = method.micro_tokens
-    inner = tokens * (6 * c.hidden_size + 2 * c.num_attention_heads * c.head_dim + 4 * c.intermediate_size) * width
-    kept = tokens * (c.hidden_size * width + kv_token / c.num_hidden_layers) if run.checkpoint_activations else inner
-    parts = {
-        "master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine, "rollout weights": width * whole,
-        "gathered weights and gradients": 2 * width * gathered, "activations": c.num_hidden_layers * kept + inner,
-        "logits and head gradient": 4 * c.vocab_size * (4 * head_chunk(c.vocab_size) + c.hidden_size)}
-    fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
-    training = sum(parts.values()) - parts["rollout weights"]
-    rows = min(method.max_rows, -(-method.questions * method.group_size // processes))
-    worst = rows * method.max_response + -(-rows // method.group_size) * method.max_prompt
-    cache = min(worst, method.cache_tokens or worst)
-    out = [f"\n{processes} x {memory} GB, GB per process: " + ", ".join(f"{k} {v / gb:.1f}" for k, v in parts.items()),
-           f"  rollout {(fixed + cache * kv_token) / gb:.1f} with a KV cache of {cache * kv_token / gb:.1f} "
-           f"({cache:,} tokens); training {training / gb:.1f}"]
-    if usable - fixed < kv_token * (method.max_prompt + method.max_response):
-        out.append("  DOES NOT FIT: weights and optimizer leave no room for a KV cache: more processes, accelerators "
-                   "with more memory, or a smaller model")
-    elif cache * kv_token > usable - fixed:
-        cache = int((usable - fixed) / kv_token) // 1000 * 1000
-        out.append(f"  DOES NOT FIT as it is: --cache-tokens {cache} makes the rollout fit")
-    if training > usable:
-        less = max(1024, int(tokens * (1 - (training - usable) / parts["activations"])))
-        fits = training - parts["activations"] * (1 - less / tokens) < usable
-        out.append("  DOES NOT FIT: training needs " + (f"--micro-tokens {less // 1024 * 1024}" if fits else
-                   ("" if run.checkpoint_activations else "--checkpoint-activations or ") + "more processes"))
-    share, group = method.questions / processes, method.group_size
-    prompt, response = machine.prompt_tokens, machine.response_tokens
-    prefill = share * forward_flops(c, prompt, prompt / 2)
-    decode = share * group * forward_flops(c, response, prompt + response / 2)
-    learn = (4 if run.checkpoint_activations else 3) * method.updates * (prefill + decode)
-    live = max(1, min(rows, cache // (response + prompt // group + 1)))
-    read = share * group * response / live * (width * whole + live * kv_token * (prompt / group + response / 2))
-    seconds = [prefill / machine.tflops / 1e12, max(decode / machine.tflops / 1e12, read / machine.bandwidth / 1e9),
-               learn / machine.tflops / 1e12]
-    return [*out, f"  a step: {method.questions * (prompt + group * response):,} tokens, "
-            f"{processes * (prefill + decode + learn):.2e} FLOP; about {sum(seconds):,.0f} s "
-            f"(prefill {seconds[0]:,.0f}, decode {seconds[1]:,.0f} with {live} rows at a time, "
-            f"training {seconds[2]:,.0f} if every group is informative)"]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    run, method, machine = parse(argv)
-    from torch.distributed.checkpoint.api import CheckpointException  # see model.py
-    warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process is no news
+def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
+         one_step: Callable = rpt.rpt_step, extra: Callable[[Policy], dict] | None = None) -> None:
+    """The command line. A program of your own may bring a reward(responses, question, policy), a
+    step with rpt_step's arguments, and extra(policy): modules by name that checkpoints hold too."""
+    run, method = parse(argv)
+    from torch.distributed.checkpoint.api import CheckpointException  # takes a second to import
+    warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process
     try:
-        if run.plan:
-            return print(plan(run, method, machine))
-        device = start(run)
-        if not run.model:
-            toy(run, method, device)
-        elif run.stage == "ntp":
-            ntp_stage(run, method, device)
+        setup = prepare(run, method)
+        start(run, setup.device)
+        if run.stage == "ntp":
+            ntp_stage(setup)
         else:
-            rl_stage(run, method, device)
+            rl_stage(setup, reward or REWARDS[run.reward], one_step, extra)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command goes on from what is there")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: error: out of memory ({str(error).splitlines()[0]}): lower --micro-tokens, --max-rows or "
-                 "--cache-tokens; the same command goes on from the last checkpoint")
+        sys.exit(f"train.py: error: out of memory ({str(error).splitlines()[0]}): lower "
+                 "--micro-tokens, --max-rows or --cache-tokens; the same command goes on from the "
+                 "last checkpoint")
     except (ValueError, OSError, FloatingPointError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
-        all_gather(None)  # everyone is done: leave at once, for now and then torch's threads abort the teardown
+        all_gather(None)  # everyone is done: leave now, later torch's threads abort the teardown
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -1,0 +1,19 @@
+"""A new reward: a right prediction earns more the longer it is.
+
+    torchrun -m paper.recipes.longer_predictions [train.py's arguments]
+
+A reward is one function over the responses to a question. What to expect on the toy: the answer is
+one token long, " D", or with its full stop two: within 80 steps nearly all predictions end in ".".
+"""
+
+import train
+from reward import predictions_of, prefix_match
+
+
+def longer(responses, question, policy):
+    """Bytes of a right prediction, 0 for a wrong one."""
+    return [prefix_match(p, question.truth) * len(p or b"") for p in predictions_of(responses)]
+
+
+if __name__ == "__main__":
+    train.main(reward=longer)
