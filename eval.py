@@ -36,7 +36,7 @@ from data import (DROPPED, HELD_OUT, TRAIN, Corpus, PositionFilter, Question, Qu
 from model import (DTYPES, ModelConfig, Transformer, all_gather, choose_device, load_pretrained,
                    rank_and_world, read_config, read_json, resolve, unsharded)
 from reward import answer_match, extract_prediction, prefix_match
-from rpt import Method, Policy, head_chunk, option, token_logprobs
+from rpt import Method, Policy, option, token_logprobs
 from sampler import generate, last_hidden, pad
 
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}  # entropy above, in nats; nested (table 1)
@@ -201,11 +201,11 @@ def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tens
     """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
 
     Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is
-    ln 16 = 2.77. The head is applied to a chunk of positions at a time.
+    ln 16 = 2.77. The head is applied to 512 positions at a time: with 152 thousand tokens those
+    logits already take 300 MB.
     """
-    size = model.config.vocab_size
-    hidden = model(ids).flatten(0, 1).split(head_chunk(size, ids.device))
-    logits = torch.cat([model.logits(h).topk(min(top_k, size)).values for h in hidden])
+    top_k, hidden = min(top_k, model.config.vocab_size), model(ids).flatten(0, 1)
+    logits = torch.cat([model.logits(h).topk(top_k).values for h in hidden.split(512)])
     return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
 
 
@@ -301,12 +301,20 @@ def standard_predictions(policy: Policy, questions: Sequence[Question], window: 
     A context beyond `window` tokens loses its beginning, as a prompt's does.
     """
     contexts = [[*policy.tokenizer.bos, *question.context[-window:]] for question in questions]
-    predicted = [b""] * len(contexts)
+    return list(map(policy.tokenizer.token_bytes, likeliest(policy.model, contexts)))
+
+
+@torch.no_grad()
+def likeliest(model: Transformer, contexts: Sequence[Sequence[int]],
+              allowed: Sequence[Sequence[int]] = ()) -> list[int]:
+    """The likeliest token after each context, of all or of those that it allows."""
+    tokens = [0] * len(contexts)
     for batch in batches({n: len(context) for n, context in enumerate(contexts)}):
-        hidden = last_hidden(policy.model, [contexts[n] for n in batch])
-        for n, token in zip(batch, policy.model.logits(hidden).argmax(-1).tolist()):
-            predicted[n] = policy.tokenizer.token_bytes(token)
-    return predicted
+        logits = model.logits(last_hidden(model, [contexts[n] for n in batch]))
+        for n, row in zip(batch, logits):
+            ids = allowed[n] if allowed else range(len(row))
+            tokens[n] = ids[int(row[ids].argmax() if allowed else row.argmax())]
+    return tokens
 
 
 def score(prediction: bytes | None, question: Question) -> float:
@@ -361,30 +369,23 @@ def multiple_choice(policy: Policy, choices: Sequence[Choice], method: Method, s
                     progress: bool = False) -> list[dict]:
     """Zero-shot (paper, table 3): `standard`, the likeliest letter behind "Answer:"; `reasoning`,
     the boxed letter. Records as of `evaluate`."""
-    tokenizer, model = policy.tokenizer, policy.model
-    letters = [tokenizer.encode(f" {letter}") for letter in ascii_uppercase]
+    tokenizer = policy.tokenizer
+    letters = [tokenizer.encode_inside(f" {letter}") for letter in ascii_uppercase]
+    last = [ids[-1] for ids in letters]  # what comes before it, if anything, is the same for all
+    prompts = [tokenizer.bos + tokenizer.encode(choice.prompt + "\nAnswer:") + letters[0][:-1]
+               for choice in choices]
+    with unsharded(policy.model):
+        found = likeliest(policy.model, prompts, [last[: len(c.options)] for c in choices])
     questions = [Question(tuple(tokenizer.encode(choice.prompt)), (), n, 0,
                           answer=ascii_uppercase[choice.answer])
                  for n, choice in enumerate(choices)]
     records = evaluate(policy, questions, replace(method, template="plain"), samples, seed,
                        progress=progress)
-    with unsharded(model):
-        for record, choice in zip(records, choices):
-            prompt = tokenizer.bos + tokenizer.encode(choice.prompt + "\nAnswer:")
-            scores = option_likelihoods(model, prompt, letters[: len(choice.options)])
-            record["standard"] = float(int(np.argmax(scores)) == choice.answer)
+    for record, choice, token in zip(records, choices, found):
+        record["standard"] = float(token == last[choice.answer])
     if out and rank_and_world()[0] == 0:
         write_records(records, out)
     return records
-
-
-@torch.no_grad()
-def option_likelihoods(model: Transformer, prompt: Sequence[int],
-                       options: Sequence[Sequence[int]]) -> list[float]:
-    """log P(option | prompt) in nats of each option (token ids)."""
-    losses = next_token_loss(model, pad([[*prompt, *ids] for ids in options], model.head.device))
-    first = len(prompt) - 1
-    return [-row[first: first + len(ids)].sum().item() for row, ids in zip(losses, options)]
 
 
 def perplexity(model: Transformer, corpus: Corpus, window: int,
@@ -436,38 +437,39 @@ def measures(record: dict) -> dict[str, float]:
 def table(models: dict[str, dict], title: str = "accuracy") -> str:
     """The form of the paper's tables for summaries by model name."""
     splits = next(iter(models.values()))
-    head = [f"{split} ({of['questions']})" for split, of in splits.items()]
-    lines = [f"{title} in %, with 95 % intervals", " " * 26 + "".join(f"{x:>22}" for x in head)]
+    lines = [f"{title} in %, with 95 % intervals",
+             row("", [f"{split} ({of['questions']})" for split, of in splits.items()])]
     names = dict.fromkeys(name for of in splits.values() for name in of)
     for measure in [name for name in names if name not in ("questions", "parsed", "length")]:
-        for model, summaries in models.items():
-            cells = [shown(of.get(measure), 100) for of in summaries.values()]
-            lines.append(f"{model + ', ' + measure:26}" + "".join(f"{cell:>22}" for cell in cells))
-    for model, summaries in models.items():
-        largest = next(iter(summaries.values()))
+        for model, of in models.items():
+            cells = [shown(each.get(measure), 100) for each in of.values()]
+            lines.append(row(f"{model}, {measure}", cells))
+    for model, of in models.items():
+        largest = next(iter(of.values()))
         lines.append(f"{model}: {shown(largest.get('parsed'), 100)} % of responses hold a "
                      f"prediction; mean length {shown(largest.get('length'))} tokens")
     return "\n".join(lines)
 
 
-def shown(interval: Sequence[float | None] | None, factor: float = 1.0) -> str:
+def row(name: str, cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"{name:26}" + "".join(f"{cell:>22}" for cell in cells)
+
+
+def shown(interval: Sequence[float | None] | None, factor: float = 1) -> str:
     """mean [low, high]; - for what was not measured."""
-    if interval is None:
-        return "-"
-    mean, *bounds = interval
-    if None in bounds:
-        return f"{factor * mean:.1f}"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(factor * x for x in interval))
+    mean, *bounds = [f"{factor * x:.1f}" for x in interval or () if x is not None] or "-"
+    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
 def growth(folder: Path) -> str:
     """How reward and response length went in a run, and what it knew before and after."""
     rows, evals = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
-                   if (folder / name).exists() else [] for name in ("metrics.jsonl", "evals.jsonl"))
+                   for name in ("metrics.jsonl", "evals.jsonl"))
     some = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
-    lines = [f"{key:>10}" + "".join(f"{row[key]:8.{digits}f}" for row in some)
-             for key, digits in (("step", 0), ("reward", 2), ("length", 1))]
-    for exam in dict.fromkeys(name for row in evals for name in row if name != "step"):
+    lines = [f"{key:>10}" + "".join(f"{row[key]:8.4g}" for row in some)
+             for key in ("step", "reward", "length")]
+    for exam in [name for name in (evals[0] if evals else ()) if name != "step"]:
         sat = [row for row in evals if exam in row]
         lines.append(table({f"step {row['step']}": row[exam] for row in (sat[0], sat[-1])}, exam))
     return "\n".join(lines)
@@ -536,11 +538,13 @@ class Measure:
     dtype: str = option("float32", "of the computation", choices=DTYPES)
     device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
     out: str = option("", "file for the records, a JSON line each")
-    cache: str = option("", "folder of tokens and entropies (default: beside the run)")
+    cache: str = option("runs/cache", "folder of tokens and entropies; a run has its own")
 
 
-METHOD = ("template", "temperature", "max_prompt", "max_response", "max_rows", "cache_tokens")
-OF_RUN = ("corpus", "proxy", "region", "min_context", "max_context", "seed", "dtype", *METHOD)
+METHOD = [field for field in fields(Method) if field.name in (
+    "template", "temperature", "max_prompt", "max_response", "max_rows", "cache_tokens")]
+OF_RUN = ("corpus", "proxy", "region", "min_context", "max_context", "seed", "dtype", "cache",
+          *(field.name for field in METHOD))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -548,38 +552,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
-    add_options(parser, [*fields(Measure), *(f for f in fields(Method) if f.name in METHOD)])
-    args, run = parser.parse_args(argv), {}
+    add_options(parser, [*fields(Measure), *METHOD], {})
+    folder = Path(parser.parse_args(argv).directory)
     try:
-        if (Path(args.directory) / "run.json").is_file():
-            run = read_run(Path(args.directory))
-            parser.set_defaults(**{name: run[name] for name in OF_RUN})
-            args = parser.parse_args(argv)
-        print(measured(Path(args.directory), run, options_of(Measure, args),
-                       options_of(Method, args)))
+        run = read_run(folder) if (folder / "run.json").is_file() else {}
+        parser.set_defaults(**{name: run[name] for name in OF_RUN if run})
+        args = parser.parse_args(argv)
+        print(measured(folder, run, options_of(Measure, args), options_of(Method, args)))
     except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted; the same command goes on with the entropies that are there")
+        sys.exit("eval.py: interrupted; entropies that are there are not measured again")
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def add_options(parser: argparse.ArgumentParser, described: Sequence[Field],
-                defaults: dict | None = None) -> None:
-    """A command-line option for each field that was made by `option`."""
+def add_options(parser, described: Sequence[Field], defaults: dict) -> None:
+    """A command-line option for each field that was made by `option`. parser: or a group of it."""
     for field in described:
         how = dict(type=field.type, choices=field.metadata.get("choices"))
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + field.name.replace("_", "-"),
-                            default=(defaults or {}).get(field.name, field.default),
+                            default=defaults.get(field.name, field.default),
                             help=f"{field.metadata['help']} (%(default)r)", **how)
 
 
 def options_of(kind: type, args: argparse.Namespace):
     """The options as a `kind`; ValueError for a number that is out of its field's range."""
     options = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.name in args})
-    for field in fields(options):
+    for field in fields(kind):
         value, limits = getattr(options, field.name), field.metadata
         kept = {"at_least": lambda limit: value >= limit, "above": lambda limit: value > limit,
                 "at_most": lambda limit: value <= limit}
@@ -592,65 +593,59 @@ def options_of(kind: type, args: argparse.Namespace):
 
 
 def read_run(folder: Path) -> dict:
-    """run.json, its paths, which are relative to the folder, as seen from here."""
+    """run.json, where paths that are relative to the folder are found, and defaults filled in."""
     run = read_json(folder / "run.json")
     for name in ("model", "corpus", "proxy", "cache"):
         if run[name] and (folder / run[name]).exists():
             run[name] = str(folder / run[name])
-    return run
+    return run | {"proxy": run["proxy"] or run["model"],
+                  "cache": run["cache"] or str(folder.parent / "cache")}
 
 
 def measured(folder: Path, run: dict, options: Measure, method: Method) -> str:
-    """Evaluates a model, or the model of a run on what it was not trained on; the table as text."""
+    """Evaluates a model, or that of a run on what it was not trained on; the result as text."""
     if options.out:
         open(options.out, "a").close()  # a bad place is found before the work
-    device, source = choose_device(options.device), resolve(folder / "model" if run else folder)
+    source = resolve(folder / "model" if run else folder)
     config, tokenizer = read_config(source), Tokenizer.from_dir(source)
     check_vocabulary(tokenizer, config.vocab_size, source)
     check_length(config, method.max_prompt + method.max_response, f"{source}: prompt and response")
-    beside, dtype = folder.parent if run else Path("runs"), DTYPES[options.dtype]
-    cache = Path(options.cache or run.get("cache") or beside / "cache")
-    # whatever the seed is here, those that the run was not trained on
-    split = run.get("holdout", options.holdout), run.get("seed", options.seed)
-    ask = evaluate
+    how = choose_device(options.device), DTYPES[options.dtype]
+    ask, title = evaluate, "questions with answers"
     if options.choices:
-        ask, questions, title = multiple_choice, read_choices(options.choices), "multiple choice"
+        ask, title, questions = multiple_choice, "multiple choice", read_choices(options.choices)
     elif options.answers:
-        questions, title = answer_questions(options.answers, tokenizer), "questions with answers"
+        questions = answer_questions(options.answers, tokenizer)
         method = replace(method, template="plain")
     elif not options.corpus:
         raise ValueError("--corpus is missing: a file or folder of .jsonl or .txt, or a hub id")
     elif run.get("stage") == "rlvr":
-        train, questions, _ = answer_sets(options.corpus, tokenizer, *split)
-        asked = fingerprint(*((q.context, q.answer) for q in (*train, *questions)))
-        check_corpus(folder, run, asked)
-        title = "held-out questions with answers"
+        train, questions, _ = answer_sets(options.corpus, tokenizer, run["holdout"], run["seed"])
+        check_corpus(run, fingerprint(*((q.context, q.answer) for q in (*train, *questions))))
     else:
-        corpus = load_corpus(options.corpus, tokenizer, cache, *split)
-        check_corpus(folder, run, corpus.fingerprint)
+        corpus = load_corpus(options.corpus, tokenizer, options.cache,
+                             # of a run never others: it was trained on them
+                             run.get("holdout", options.holdout), run.get("seed", options.seed))
+        check_corpus(run, corpus.fingerprint)
         if options.perplexity:
-            model = load_pretrained(source, device, dtype)
-            found = perplexity(model, corpus, method.max_prompt)
-            return f"{folder.name}: perplexity of held-out documents {shown(found)}"
-        proxy = Proxy(options.proxy or run.get("model") or source, cache, method.max_prompt,
-                      device, dtype)
+            found = perplexity(load_pretrained(source, *how), corpus, method.max_prompt)
+            return f"{folder.name}: perplexity of held-out documents {found}"
+        proxy = Proxy(options.proxy or source, Path(options.cache), method.max_prompt, *how)
         where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
                                region=options.region)
-        _, questions, _ = question_sets(corpus, proxy, where)
-        title = "next-token accuracy"
-    policy = Policy(load_pretrained(source, device, dtype), tokenizer)
+        title, (_, questions, _) = "next-token accuracy", question_sets(corpus, proxy, where)
+    policy = Policy(load_pretrained(source, *how), tokenizer)
     questions = subset(questions, options.questions, options.seed)
     with open(options.out or os.devnull, "w") as out:
         records = ask(policy, questions, method, options.samples, options.seed, out, progress=True)
     return table({folder.name: summary(records)}, title)
 
 
-def check_corpus(folder: Path, run: dict, fingerprint: str) -> None:
-    """ValueError if a run was trained on another corpus: it might have seen what is held out."""
+def check_corpus(run: dict, fingerprint: str) -> None:
+    """ValueError if a run was trained on another corpus: it may have seen what is held out here."""
     if run and run["inputs"]["corpus"] != fingerprint:
-        raise ValueError(f"{folder}: trained on a corpus of another content than this, so what is "
-                         "held out here may be what it has seen; name that one by --corpus, or "
-                         f"measure the model alone, {folder / 'model'}")
+        raise ValueError(f"{run['corpus']}: the run was trained on another content; name that one "
+                         "by --corpus, or give the folder model/ of the run in place of the run")
 
 
 if __name__ == "__main__":
