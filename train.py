@@ -129,59 +129,38 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Run, Method]:
     defaults = RECIPES.get(recipe, {}) | STAGES.get(picked.stage, {}) | {"recipe": recipe}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {Run: "the run", Method: "the method"}
-    for kind, title in kinds.items():
+    for kind, title in ((Run, "the run"), (Method, "the method")):
         group = parser.add_argument_group(title)
-        for field in dataclasses.fields(kind):
-            how = dict(type=field.type, choices=field.metadata.get("choices"))
-            if field.type is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument("--" + field.name.replace("_", "-"),
-                               default=defaults.get(field.name, field.default),
-                               help=f"{field.metadata['help']} (%(default)r)", **how)
-    values = vars(parser.parse_args(argv))
-    run, method = (kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
-                   for kind in kinds)
-    if problem := out_of_range(run) or out_of_range(method) or contradiction(run, method):
-        parser.error(problem)
+        evaluation.add_options(group, dataclasses.fields(kind), defaults)
+    args = parser.parse_args(argv)
+    try:
+        run, method = evaluation.options_of(Run, args), evaluation.options_of(Method, args)
+        contradiction(run)
+    except ValueError as error:
+        parser.error(str(error))
     return run, method
 
 
-def out_of_range(options) -> str | None:
-    """The first number that is not finite or outside the limits in its field's definition."""
-    for field in dataclasses.fields(options):
-        value, limits = getattr(options, field.name), field.metadata
-        if field.type not in (int, float):
-            continue
-        words = [f"{name.replace('_', ' ')} {limits[name]}"
-                 for name, kept in (("at_least", lambda limit: value >= limit),
-                                    ("above", lambda limit: value > limit),
-                                    ("at_most", lambda limit: value <= limit))
-                 if name in limits and not kept(limits[name])]
-        if words or not math.isfinite(value):
-            name = "--" + field.name.replace("_", "-")
-            return f"{name} {value}: must be {' and '.join(words) or 'a finite number'}"
-    return None
-
-
-def contradiction(run: Run, method: Method) -> str | None:
-    """What speaks against these options together, in one sentence, or None."""
-    if not run.model:
-        return "--model is missing: a model directory or hub id"
-    if not run.corpus:
-        return "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id"
-    if run.filter != "threshold" and not 0 < run.filter_value <= 1:
-        return f"--filter-value {run.filter_value}: the share of {run.filter} is above 0, at most 1"
-    if run.stage == "rlvr" and run.reward not in ("answer", "format"):
-        return (f"--reward {run.reward}: questions with answers have no next token, use answer or "
-                "format")
-    if run.stage == "rpt" and run.reward == "answer":
-        return "--reward answer: positions of a text have no answer; use --stage rlvr"
-    if run.max_context and run.max_context < run.min_context:
-        return f"--max-context {run.max_context}: below --min-context {run.min_context}"
-    if run.stage != "ntp" and run.holdout < 1 and run.eval_questions:
-        return "--holdout 0: nothing to evaluate on; with --eval-questions 0 nothing is held out"
-    return None
+def contradiction(run: Run) -> None:
+    """ValueError for options that cannot stand together."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    wrong = {
+        "--model is missing: a model directory or hub id": not run.model,
+        "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id": not run.corpus,
+        f"--filter-value {run.filter_value}: a share is above 0 and at most 1":
+            run.filter != "threshold" and not 0 < run.filter_value <= 1,
+        f"--reward {run.reward}: questions with answers have no next token, use answer or format":
+            run.stage == "rlvr" and run.reward not in ("answer", "format"),
+        f"--reward {run.reward}: positions of a text have no answer, use --stage rlvr":
+            run.stage == "rpt" and run.reward == "answer",
+        f"--max-context {run.max_context}: below --min-context {run.min_context}":
+            0 < run.max_context < run.min_context,
+        "--holdout 0: nothing to evaluate on; with --eval-questions 0 that is no question":
+            run.stage != "ntp" and run.holdout == 0 < run.eval_questions,
+        f"--shard-group {run.shard_group}: does not divide the {world} processes":
+            run.shard_group and world % run.shard_group}
+    if problem := next((sentence for sentence, holds in wrong.items() if holds), None):
+        raise ValueError(problem)
 
 
 @dataclass(frozen=True)
@@ -209,10 +188,7 @@ def prepare(run: Run, method: Method) -> Setup:
     config, tokenizer = read_config(source), Tokenizer.from_dir(source)
     check_vocabulary(tokenizer, config.vocab_size, source)
     needed = method.max_prompt + (0 if run.stage == "ntp" else method.max_response)
-    if needed > config.max_position_embeddings:
-        raise ValueError(f"{source}: the model has max_position_embeddings "
-                         f"{config.max_position_embeddings}, prompt and response together may have "
-                         f"{needed} tokens; lower --max-prompt or --max-response")
+    evaluation.check_length(config, needed, f"{source}: --max-prompt and --max-response")
     if run.stage != "ntp":
         data.prompt_ids(tokenizer, Question((), (), 0, 0), method.template, method.max_prompt)
     for file in filter(None, (run.answers, run.choices)):
@@ -239,8 +215,6 @@ def start(run: Run, device: torch.device) -> None:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
                                 rank=rank, world_size=world)
-        if run.shard_group and world % run.shard_group:
-            raise ValueError(f"--shard-group {run.shard_group} does not divide {world} processes")
 
 
 def shard(model: Transformer, run: Run, device_type: str) -> None:
@@ -543,7 +517,8 @@ def rollout_rows(step: int, groups: Sequence[Group], policy: Policy, limit: int)
                     "finished": c.finished, "tokens": len(c.ids)}
             rows.append({name: value for name, value in (about | said).items()
                          if not isinstance(value, float) or math.isfinite(value)})
-    rows = [row for part in all_gather(rows) for row in part if not 0 <= limit <= row["question"][1]]
+    rows = [row for part in all_gather(rows) for row in part]
+    rows = [row for row in rows if limit < 0 or row["question"][1] < limit]
     return sorted(rows, key=lambda row: row["question"])
 
 
@@ -628,8 +603,8 @@ def train(setup: Setup, inputs: dict[str, str], one_step: Callable,
     and metrics; evaluate(policy, step) a row of evals.jsonl, before the first step and after each
     --eval-every; extra(policy) further modules by name that a checkpoint has to hold.
     """
-    run = setup.run
-    with RunFolder(setup.out, settings(run, setup.method), inputs) as folder, stop_requests() as requests:
+    run, options = setup.run, settings(setup.run, setup.method)
+    with RunFolder(setup.out, options, inputs) as folder, stop_requests() as requests:
         policy = Policy(build(setup.source, run, setup.device), setup.tokenizer)
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr,
                                       betas=(0.9, run.beta2), weight_decay=run.weight_decay)
