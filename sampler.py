@@ -11,13 +11,22 @@ counter-based generator and is turned into a token by inverting the cumulative d
 completion is therefore a function of the model and of (seed, key, sample), up to rounding: not of
 its neighbours, its slot, the number of processes or a restart.
 
+Memory. `cache_tokens` bounds the columns of keys and values that are held between two forwards;
+beside them a prefill needs its own, at most PREFILL_TOKENS. When the rows have grown so far that
+the bound would not hold, the youngest group is given up and done again later, down to a single
+group, whatever that needs. Sampling ends all the same: a pass of its loop admits groups, makes room
+or decodes. Groups are admitted only if the bound would still hold after the cache has grown once
+more, and `KVCache.tokens` counts for both, so that no group is given up before GROWTH steps have
+been decoded since the last one came. The oldest group is never given up, and max_new_tokens steps
+are all that it needs.
+
 Left out: top-k and top-p, which would make the sampler another distribution than the one the policy
 loss corrects.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,13 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import ModelConfig, PrefixCache, Transformer
+from model import PrefixCache, Transformer
 
 PREFILL_TOKENS = 16384  # padded tokens of prompts in one forward; a single longer one goes alone
-ROOM = 1 / 8  # share of rows that leave, or that are filled, together: moving a cache costs
+ROOM = 1 / 8  # rows that are done leave when they are this share: moving a cache costs
 GROWTH = 32  # columns by which the rows' own cache grows
+TIMING = ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens")
 CHECK_EVERY = 16  # steps after which an accelerator is asked whether rows are done: it has to wait
 
 
@@ -67,9 +78,9 @@ class Sampling:
 
 def uniforms(seed: int, key: int, sample: int, count: int) -> np.ndarray:
     """The numbers in (0, 1) that decide positions 0 .. count - 1; float64 [count]."""
-    words = np.array([seed % 2**64, key % 2**64], dtype=np.uint64)
-    counter = np.random.Philox(key=words, counter=[0, sample, 0, 0])
-    return (np.random.Generator(counter).integers(2**32, size=count) + 0.5) / 2**32
+    key = seed % 2**64 | key % 2**64 << 64
+    generator = np.random.Generator(np.random.Philox(key=key, counter=sample << 64))
+    return (generator.integers(2**32, size=count) + 0.5) / 2**32
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -79,13 +90,13 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     float64: over a vocabulary of 152 thousand, float32 sums drift by more than the probability of
     most tokens.
     """
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
-        token = logits.argmax(-1)
-        return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-    logprobs = (logits / temperature).log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    token = token.clamp_max(logits.shape[-1] - 1)  # only a row of NaN gets this far
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        token = token.clamp_max(logits.shape[-1] - 1)  # only a row of NaN gets this far
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
@@ -95,154 +106,124 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 class KVCache:
     """Keys and values for one token a row and step: of the groups' prompts, and of the rows' own.
 
-    Rows of a group are neighbours, groups stand in the order in which they came. A row's tokens
-    begin in column 0, a prompt's too; what is not filled is masked. The key heads come first,
-    [kv_heads, groups or rows, columns, head_dim]: the rows of full groups then need no rearranging
-    between the product with their prompts and the one with their own tokens.
+    Rows of a group are neighbours, groups stand in the order in which they came. Prompts and rows
+    begin in column 0; what is not filled is masked. The key heads come first, [kv_heads, groups or
+    rows, columns, d]: the rows of full groups then need no rearranging between the products with
+    their prompts and those with their own tokens.
 
     Between two changes of its rows or columns a step reads and writes the same tensors whatever it
     computes, so that it can be recorded (see `Batch.step`).
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        shape = config.num_key_value_heads, 0, 0, config.head_dim
-        self.layers, self.device = config.num_hidden_layers, device
-        # Keys of all layers, then values of all layers.
-        self.prompts = [torch.zeros(shape, device=device, dtype=dtype)] * (2 * self.layers)
-        self.own = list(self.prompts)
-        self.lengths: list[int] = []  # of the prompts, in tokens
+    def __init__(self, model: Transformer):
+        c = model.config
+        self.layers = c.num_hidden_layers
+        empty = model.head.new_zeros(c.num_key_value_heads, 0, 0, c.head_dim)
+        self.prompts, self.own = ([empty] * (2 * self.layers) for _ in range(2))  # keys, values
+        self.lengths: list[int] = []  # of each prompt, in tokens
         self.counts: list[int] = []  # rows of each group
-        self.ages: list[int] = []  # own tokens of each row; the same on the device in `age`
-        self._arrange(torch.zeros(0, dtype=torch.long, device=device))
+        self._arrange(model.head.new_zeros(0, dtype=torch.long))
 
     def tokens(self, lengths: Sequence[int] = (), rows: int = 0, growth: int = 0) -> int:
         """Columns of keys and values that are held, used or not, by prompts and by rows.
 
-        Or that would be, if prompts of these lengths with so many rows joined, and the rows' own
-        cache grew by `growth` columns.
+        Or that would be, if prompts of these lengths joined with so many rows, and the rows' own
+        cache grew by so many columns.
         """
         columns = max([self.prompts[0].shape[2], *lengths])
         own = self.own[0].shape[2] + growth
-        return (len(self.lengths) + len(lengths)) * columns + (len(self.ages) + rows) * own
-
-    def free(self) -> int:
-        """How many steps there are columns for."""
-        return self.own[0].shape[2] - max(self.ages, default=0)
+        return (len(self.lengths) + len(lengths)) * columns + (len(self.age) + rows) * own
 
     def admit(self, prefix: PrefixCache, counts: Sequence[int]) -> None:
-        """Takes over the prompts of a prefix as groups, with counts[i] rows each; it is emptied."""
-        groups, rows = len(self.counts), sum(counts)
-        fresh = [*prefix.keys, *prefix.values]
-        prefix.keys, prefix.values = [], []
-        columns = max(self.prompts[0].shape[2], fresh[0].shape[2])
-        for i in range(2 * self.layers):  # one layer at a time: no second copy of the whole
-            x, fresh[i] = fresh[i].transpose(0, 1), None
-            self.prompts[i] = _enlarged(self.prompts[i], groups + len(counts), columns)
-            self.prompts[i][:, groups:, : x.shape[2]] = x
-            self.own[i] = _enlarged(self.own[i], len(self.ages) + rows, self.own[i].shape[2])
+        """Adds computed prompts as groups, with counts[i] rows each."""
+        columns = max(self.prompts[0].shape[2], prefix.keys[0].shape[2])
+        for i, fresh in enumerate(prefix.tensors()):
+            parts = _resized(self.prompts[i], columns), _resized(fresh.transpose(0, 1), columns)
+            self.prompts[i] = torch.cat(parts, dim=1)
+            self.own[i] = F.pad(self.own[i], (0, 0, 0, 0, 0, sum(counts)))
         self.lengths += prefix.sizes
         self.counts += counts
-        self.ages += [0] * rows
-        self._arrange(F.pad(self.age, (0, rows)))
+        self._arrange(F.pad(self.age, (0, sum(counts))))
 
     def grow(self) -> None:
         """Another block of columns for the rows' own tokens."""
-        for i, x in enumerate(self.own):
-            self.own[i] = _enlarged(x, x.shape[1], x.shape[2] + GROWTH)
+        for i, x in enumerate(self.own):  # one layer at a time: no second copy of the whole
+            self.own[i] = _resized(x, x.shape[2] + GROWTH)
         self._arrange(self.age)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drops all other rows (in order), groups without rows, and columns that nothing uses."""
+        """Drops all other rows, groups without rows, and columns that nothing uses."""
         group_of = np.repeat(np.arange(len(self.counts)), self.counts)[rows]
         groups, counts = np.unique(group_of, return_counts=True)
-        self.lengths, dropped = [self.lengths[g] for g in groups], len(groups) < len(self.counts)
-        self.counts, self.ages = counts.tolist(), [self.ages[row] for row in rows]
-        groups = torch.tensor(groups, device=self.device)
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        columns, own = max(self.lengths, default=0), max(self.ages, default=0) + GROWTH
+        self.lengths, self.counts = [self.lengths[g] for g in groups], counts.tolist()
+        rows, groups = self._index(rows), self._index(groups)
+        age = self.age[rows]
+        columns, own = max(self.lengths, default=0), max(age.tolist(), default=0) + GROWTH
         for i in range(2 * self.layers):
-            if dropped:
-                self.prompts[i] = self.prompts[i][:, groups, :columns]
-            self.own[i] = self.own[i][:, index, :own]
-        self._arrange(self.age[index])
+            self.prompts[i] = self.prompts[i][:, groups, :columns]
+            self.own[i] = self.own[i][:, rows, :own]
+        self._arrange(age)
+
+    def _index(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.age.device)
 
     def _arrange(self, age: Tensor) -> None:
-        """What a step needs besides the keys and values; `age`: own tokens of each row [rows]."""
-        def tensor(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=self.device)
-
-        self.age, lengths = age, tensor(self.lengths)
-        self.rows = torch.arange(len(self.ages), device=self.device)
-        self.columns = torch.arange(self.own[0].shape[2], device=self.device)
-        self.ends = tensor(np.repeat(self.lengths, self.counts))  # tokens of each row's prompt
-        self.prompt_mask = None
-        columns = self.prompts[0].shape[2]
-        if min(self.lengths, default=0) < columns:  # [groups, 1, columns]
-            filled = torch.arange(columns, device=self.device) < lengths[:, None]
-            self.prompt_mask = _mask(filled)[:, None]
-        # Where rows stand in the [groups, slots] layout of the product with prompts, and back.
-        self.slots = max(self.counts, default=0)
-        self.grid = self.place = None
-        if min(self.counts, default=0) < self.slots:  # else the layout is the order of the rows
-            counts, slots = np.array(self.counts)[:, None], np.arange(self.slots)
-            first = np.cumsum(self.counts)[:, None] - counts
-            self.grid = tensor((first + np.minimum(slots, counts - 1)).ravel())
-            self.place = tensor(np.flatnonzero(slots < counts))
+        """What a step needs besides keys and values. age: tokens that rows have stored [rows]."""
+        self.age, self.graph = age, None  # the recorded step, if there is one, is of other tensors
+        columns, own = self.prompts[0].shape[2], self.own[0].shape[2]
+        self.free = own - max(age.tolist(), default=0)  # steps for which there are columns
+        self.rows = torch.arange(len(age), device=age.device)
+        self.ends = self._index(np.repeat(self.lengths, self.counts))  # length of a row's prompt
+        filled = [torch.arange(size, device=age.device) < filled[:, None]
+                  for size, filled in ((columns, self.ends), (own, age))]
+        self.mask = torch.where(torch.cat(filled, dim=1), 0.0, float("-inf"))  # added to scores
+        # Where rows stand in the [groups, slots] of the products with prompts, and back.
+        self.grid = self.place = slice(None)
+        slots = np.arange(max(self.counts, default=0)) < np.array(self.counts)[:, None]
+        if not slots.all():
+            self.grid = self._index(slots.cumsum() - 1)
+            self.place = self._index(np.flatnonzero(slots))
 
     def positions(self, width: int) -> Tensor:
         """Opens each row's next column; where in its text the token stands [rows, 1]."""
         assert width == 1, "a KVCache takes one token per row"
         self.column = self.age.clone()
         self.age += 1
-        self.mask = _mask(self.columns <= self.column[:, None])[:, None]  # [rows, 1, columns]
+        self.mask.scatter_(1, self.prompts[0].shape[2] + self.column[:, None], 0.0)
         return (self.ends + self.column)[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, heads, 1, d] attends.
+        """Stores k and v [rows, kv_heads, 1, d] in the open column; q [rows, heads, 1, d] attends
+        to it, the columns before and the prompt -> [rows, 1, heads * d].
 
-        One softmax over a group's prompt and a row's own tokens -> [rows, 1, heads * d]. All
-        queries of a group meet its prompt in one product. Both parts are exponentiated around their
-        common maximum, so that numerators and denominators just add up.
+        All queries of a group meet its prompt in one product.
         """
-        prompt_keys, prompt_values = self.prompts[layer], self.prompts[layer + self.layers]
-        keys, values = self.own[layer], self.own[layer + self.layers]
+        prompt_keys, prompt_values, keys, values = (
+            x[layer + i] for x in (self.prompts, self.own) for i in (0, self.layers))
         keys[:, self.rows, self.column] = k[:, :, 0].transpose(0, 1)
         values[:, self.rows, self.column] = v[:, :, 0].transpose(0, 1)
-        (kv_heads, groups, columns, d), rows = prompt_keys.shape, len(q)
+        (kv_heads, rows, _, d), groups = keys.shape, len(self.counts)
+
+        def by_group(x: Tensor) -> Tensor:
+            """[kv_heads, rows, repeats, n] -> [kv_heads, groups, slots * repeats, n]"""
+            return x[:, self.grid].reshape(kv_heads, groups, -1, x.shape[3])
+
+        def by_row(x: Tensor) -> Tensor:
+            """And back."""
+            return x.reshape(kv_heads, -1, q.shape[2], x.shape[3])[:, self.place]
+
         q = (q * d**-0.5).reshape(rows, kv_heads, -1, d).transpose(0, 1).contiguous()
-        shared = torch.bmm(self._by_group(q), prompt_keys.flatten(0, 1).mT).float()
-        own = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT).float()
-        own = own.view(kv_heads, rows, -1, keys.shape[2]).add_(self.mask)
-        if self.prompt_mask is not None:
-            shared.view(kv_heads, groups, -1, columns).add_(self.prompt_mask)
-        peak = torch.maximum(self._by_row(shared.amax(-1, keepdim=True)),
-                             own.amax(-1, keepdim=True))
-        shared, own = shared.sub_(self._by_group(peak)).exp_(), own.sub_(peak).exp_()
-        total = self._by_row(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)
-        out = self._by_row(torch.bmm(shared.to(q.dtype), prompt_values.flatten(0, 1)))
-        out = out + torch.bmm(own.flatten(0, 1).to(q.dtype), values.flatten(0, 1)).view(q.shape)
-        return (out / total).to(q.dtype).transpose(0, 1).reshape(rows, 1, -1)
-
-    def _by_group(self, x: Tensor) -> Tensor:
-        """[kv_heads, rows, repeats, n] -> [kv_heads * groups, slots * repeats, n]."""
-        x = x if self.grid is None else x[:, self.grid]
-        return x.reshape(len(x) * len(self.counts), -1, x.shape[-1])
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """And back."""
-        x = x.view(len(self.own[0]), len(self.counts) * self.slots, -1, x.shape[-1])
-        return x if self.place is None else x[:, self.place]
+        shared, own = by_row(by_group(q) @ prompt_keys.mT), q @ keys.mT
+        scores = torch.cat((shared, own), dim=3).float().add_(self.mask[:, None])
+        weights = scores.softmax(-1).to(q.dtype)  # [kv_heads, rows, repeats, columns]
+        shared, own = weights.split([shared.shape[3], own.shape[3]], dim=3)
+        out = by_row(by_group(shared) @ prompt_values) + own @ values
+        return out.transpose(0, 1).reshape(rows, 1, -1)
 
 
-def _enlarged(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x [n, rows, columns, d] in the corner of a larger tensor; what is new holds zeros."""
-    out = x.new_zeros(len(x), rows, columns, x.shape[3])
-    out[:, : x.shape[1], : x.shape[2]] = x
-    return out
-
-
-def _mask(valid: Tensor) -> Tensor:
-    return torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, float("-inf"))
+def _resized(x: Tensor, columns: int) -> Tensor:
+    """x [n, rows, columns, d] with zeros in columns that are new."""
+    return F.pad(x, (0, 0, 0, columns - x.shape[2]))
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -250,30 +231,15 @@ def _mask(valid: Tensor) -> Tensor:
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Token sequences as one right-padded tensor [n, longest]; the padding has no effect."""
-    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
-    for row, sequence in zip(ids, sequences):
-        row[: len(sequence)] = sequence
-    return torch.from_numpy(ids).to(device)
+    rows = [torch.tensor(sequence, dtype=torch.long, device="cpu") for sequence in sequences]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def last_hidden(model: Transformer, sequences: Sequence[Sequence[int]],
                 cache: PrefixCache | None = None) -> Tensor:
     """What predicts the token after each of the sequences: hidden [n, hidden_size]."""
-    device = model.head.device
-    last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
-    hidden = model(pad(sequences, device), cache)
-    return hidden[torch.arange(len(sequences), device=device), last]
-
-
-def prefill_batches(lengths: Sequence[int]) -> Iterator[slice]:
-    """Neighbours to be computed in one forward: of like length, PREFILL_TOKENS with padding."""
-    first = 0
-    for i in range(1, len(lengths) + 1):
-        some = lengths[first: i + 1]
-        if (i == len(lengths) or max(some) * len(some) > PREFILL_TOKENS
-                or 2 * min(some) < max(some)):
-            yield slice(first, i)
-            first = i
+    hidden = model(pad(sequences, model.head.device), cache)
+    return hidden[range(len(sequences)), [len(sequence) - 1 for sequence in sequences]]
 
 
 # ------------------------------------------------------------------------------ generation
@@ -291,72 +257,65 @@ class Batch:
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], keys: Sequence[int],
                  sampling: Sampling):
-        self.model, self.device = model, model.head.device
-        self.prompts, self.keys, self.sampling = prompts, keys, sampling
+        self.model, self.prompts, self.keys, self.sampling = model, prompts, keys, sampling
         self.limit = sampling.max_new_tokens
         self.max_rows = sampling.max_rows or max(1, len(prompts) * sampling.samples)
         self.cache_tokens = sampling.cache_tokens or float("inf")
-        self.is_end = torch.zeros(len(model.head), dtype=torch.bool, device=self.device)
-        self.is_end[[id for id in sampling.eos_ids if id < len(self.is_end)]] = True
-        self.cache = KVCache(model.config, self.device, model.head.dtype)
+        self.cache = KVCache(model)
         self.owners: list[tuple[int, int]] = []  # (prompt, sample) of each row
+        new, device = model.head.new_zeros, model.head.device
+        self.eos_ids = torch.tensor(list(sampling.eos_ids), dtype=torch.long, device=device)
         # By row and position; one column more than the limit, for what rows sample when done.
-        width = {"device": self.device, "size": (0, self.limit + 1)}
-        self.uniform = torch.zeros(**width, dtype=torch.float64)
-        self.ids = torch.zeros(**width, dtype=torch.long)
-        self.logprobs = torch.zeros(**width)
-        self.length = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # 0 while running
+        self.uniform = new(0, self.limit + 1, dtype=torch.float64)
+        self.ids = new(0, self.limit + 1, dtype=torch.long)
+        self.logprobs = new(0, self.limit + 1, dtype=torch.float32)
+        self.length = new(0, 1, dtype=torch.long)  # of rows that ended; 0 while running
 
     def admissible(self, waiting: deque[Job]) -> list[Job]:
-        """Takes the jobs for which there are rows and memory; none while that is only a few rows.
+        """Takes jobs for which there are rows and memory, with prompts of like length.
 
         There is memory if the bound will still hold when the cache grows next. A job that would be
         alone needs none.
         """
         jobs, lengths, rows = [], [], 0
-        room = self.max_rows - len(self.owners)
-        if room < ROOM * self.max_rows:
-            return jobs
-        while waiting and rows + len(waiting[0].samples) <= room:
+        while waiting and len(self.owners) + rows + len(waiting[0].samples) <= self.max_rows:
             rows += len(waiting[0].samples)
             lengths.append(len(self.prompts[waiting[0].prompt]))
-            crowded = self.cache.tokens(lengths, rows, GROWTH) > self.cache_tokens
-            if crowded and (jobs or self.owners):
+            padded, held = len(lengths) * lengths[0], self.cache.tokens(lengths, rows, GROWTH)
+            if jobs and (padded > PREFILL_TOKENS or 2 * lengths[-1] < lengths[0]):
+                break
+            if held > self.cache_tokens and (jobs or self.owners):
                 break
             jobs.append(waiting.popleft())
         return jobs
 
     def admit(self, jobs: Sequence[Job]) -> None:
         """Computes the prompts of the jobs and samples each row's first token."""
-        self._changed()
-        for part in prefill_batches([len(self.prompts[job.prompt]) for job in jobs]):
-            some = jobs[part]
-            prompts = [self.prompts[job.prompt] for job in some]
-            prefix = PrefixCache([len(prompt) for prompt in prompts], self.device)
-            hidden = last_hidden(self.model, prompts, prefix)
-            counts = [len(job.samples) for job in some]
-            self.cache.admit(prefix, counts)
-            owners = [(job.prompt, sample) for job in some for sample in job.samples]
-            self.owners += owners
-            for name in self.STATE:
-                setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, len(owners))))
-            numbers = np.stack([uniforms(self.sampling.seed, self.keys[prompt], sample,
-                                         self.limit + 1) for prompt, sample in owners])
-            new = slice(-len(owners), None)
-            self.uniform[new] = torch.from_numpy(numbers).to(self.device)
-            groups = torch.tensor(np.repeat(np.arange(len(some)), counts), device=self.device)
-            self._sample(self.model.logits(hidden)[groups], new)
+        prompts, counts = [self.prompts[job.prompt] for job in jobs], [len(j.samples) for j in jobs]
+        prefix = PrefixCache(list(map(len, prompts)), self.cache.age.device)
+        hidden = last_hidden(self.model, prompts, prefix)
+        self.cache.admit(prefix, counts)
+        owners = [(job.prompt, sample) for job in jobs for sample in job.samples]
+        self.owners += owners
+        for name in self.STATE:
+            setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, len(owners))))
+        new = slice(-len(owners), None)
+        self.uniform[new] = torch.from_numpy(np.stack(
+            [uniforms(self.sampling.seed, self.keys[prompt], sample, self.limit + 1)
+             for prompt, sample in owners]))
+        logits = self.model.logits(hidden)
+        self._sample(logits[np.repeat(np.arange(len(jobs)), counts)], new)
 
     def _sample(self, logits: Tensor, rows: slice) -> None:
         """Draws and notes the next token of some rows."""
-        age = self.cache.age[rows][:, None]
-        column = age.clamp(max=self.limit)
+        column = self.cache.age[rows][:, None].clamp(max=self.limit)
         uniform = self.uniform[rows].gather(1, column)[:, 0]
         token, logprob = sample_tokens(logits, uniform, self.sampling.temperature)
         self.ids[rows].scatter_(1, column, token[:, None])
         self.logprobs[rows].scatter_(1, column, logprob[:, None])
         length = self.length[rows]
-        length += (age + 1) * (self.is_end[token][:, None] & (length == 0))
+        ended = (token[:, None] == self.eos_ids).any(1, keepdim=True)
+        length += (column + 1) * (ended & (length == 0) & (column < self.limit))
 
     def step(self) -> None:
         """One more token for every row; the cache must have a free column.
@@ -366,18 +325,16 @@ class Batch:
         has that device name and class too; torch.accelerator has graphs only in releases later than
         the oldest we run on.)
         """
-        self.cache.ages = [age + 1 for age in self.cache.ages]
-        if self.device.type != "cuda":
+        self.cache.free -= 1
+        device = self.cache.age.device
+        if device.type != "cuda":
             return self._advance()
-        if self.graph is None:
-            module = torch.get_device_module(self.device)
-            self.graph = module.CUDAGraph()
-            with module.graph(self.graph):
+        if self.cache.graph is None:
+            module = torch.get_device_module(device)
+            self.cache.graph = module.CUDAGraph()
+            with module.graph(self.cache.graph):
                 self._advance()
-        self.graph.replay()
-
-    def _changed(self) -> None:
-        self.graph = None
+        self.cache.graph.replay()
 
     def _advance(self) -> None:
         token = self.ids.gather(1, self.cache.age[:, None].clamp(max=self.limit))
@@ -388,7 +345,6 @@ class Batch:
         given_up = []
         while self.cache.tokens(growth=GROWTH) > self.cache_tokens and len(self.cache.counts) > 1:
             given_up.append(self.preempt())
-        self._changed()
         self.cache.grow()
         return given_up
 
@@ -397,18 +353,16 @@ class Batch:
 
         (prompt, sample, Completion) of each. It waits for the device.
         """
-        length, rows = self.length[:, 0].tolist(), range(len(self.owners))
-        done = [row for row in rows
-                if 0 < length[row] <= self.limit or self.cache.ages[row] + 1 >= self.limit]
-        if not done or len(done) < ROOM * len(rows) and self.cache.free():
+        length, age = self.length[:, 0].tolist(), self.cache.age.tolist()
+        going = [row for row, n in enumerate(length) if not n and age[row] + 1 < self.limit]
+        many = ROOM * len(length) if self.cache.free else 1
+        if len(length) - len(going) < max(many, 1):
             return []
-        index, out = torch.tensor(done, device=self.device), []
-        for row, ids, logprobs in zip(done, self.ids[index].tolist(),
-                                      self.logprobs[index].tolist()):
-            finished = 0 < length[row] <= self.limit
-            end = length[row] if finished else self.limit
-            out.append((*self.owners[row], Completion(ids[:end], logprobs[:end], finished)))
-        self._keep(sorted(set(rows) - set(done)))
+        done, out = sorted(set(range(len(length))) - set(going)), []
+        for row, ids, logprobs in zip(done, self.ids[done].tolist(), self.logprobs[done].tolist()):
+            end = length[row] or self.limit
+            out.append((*self.owners[row], Completion(ids[:end], logprobs[:end], length[row] > 0)))
+        self._keep(going)
         return out
 
     def preempt(self) -> Job:
@@ -419,12 +373,16 @@ class Batch:
         return job
 
     def _keep(self, rows: list[int]) -> None:
-        self._changed()
         self.cache.keep(rows)
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
         for name in self.STATE:
-            setattr(self, name, getattr(self, name)[index])
+            setattr(self, name, getattr(self, name)[rows])
         self.owners = [self.owners[row] for row in rows]
+
+
+def rates(timing: dict[str, float]) -> str:
+    """Tokens per second of prefill and decoding."""
+    return ", ".join(f"{phase} {timing[f'{phase}_tokens'] / timing[f'{phase}_seconds']:,.0f} tok/s"
+                     for phase in ("prefill", "decode") if timing[f"{phase}_seconds"])
 
 
 @torch.no_grad()
@@ -437,14 +395,6 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
     the seed and the number of the sample, decides its randomness. timing, if given, receives
     seconds and tokens of prefill and decoding. Raises ValueError for an empty prompt or an unusable
     number.
-
-    cache_tokens bounds what is held: when the rows have grown so far that it no longer would, the
-    youngest group is given up and done again later, down to a single group, whatever that needs.
-
-    Why it ends: a pass admits groups, makes room, or decodes. Groups are admitted only if the cache
-    may still grow once, which `KVCache.tokens` says before and after alike; so none is given up
-    before every row has decoded a block of GROWTH tokens. The oldest group is never given up, and
-    after at most max_new_tokens steps it is done for good.
     """
     keys = list(range(len(prompts))) if keys is None else list(keys)
     if len(keys) != len(prompts):
@@ -457,48 +407,27 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
                     for prompt in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
                     for first in range(0, samples, size))
     results: list[list] = [[None] * samples for _ in prompts]
-    meter = Meter(len(prompts) * samples, progress, timing)
+    timing = {} if timing is None else timing
+    timing |= dict.fromkeys(TIMING, 0)
+    bar = tqdm(total=len(prompts) * samples, desc="sampling", unit="completion", leave=False,
+               disable=not progress)
+    steps = 1 if model.head.device.type == "cpu" else CHECK_EVERY
     while waiting or batch.owners:
-        jobs = batch.admissible(waiting)
-        if jobs:
+        begin, phase = time.perf_counter(), "decode"
+        if jobs := batch.admissible(waiting):
             batch.admit(jobs)
-        elif batch.cache.free() == 0:
+            phase = "prefill"
+            timing["prefill_tokens"] += sum(len(prompts[job.prompt]) for job in jobs)
+        elif batch.cache.free == 0:
             waiting.extendleft(batch.make_room())
         else:
-            steps = 1 if batch.device.type == "cpu" else CHECK_EVERY
-            for _ in range(min(steps, batch.cache.free())):
+            for _ in range(min(steps, batch.cache.free)):
                 batch.step()
-        ended = batch.pop_finished()
-        for prompt, sample, completion in ended:
+        for prompt, sample, completion in batch.pop_finished():
             results[prompt][sample] = completion
-        meter.note(sum(len(prompts[job.prompt]) for job in jobs), ended)
-    meter.close()
+            timing["decode_tokens"] += len(completion.ids)
+            bar.update()
+        timing[f"{phase}_seconds"] += time.perf_counter() - begin
+        bar.set_postfix_str(rates(timing), refresh=False)
+    bar.close()
     return results
-
-
-class Meter:
-    """Seconds and tokens of prefill and decoding, and the progress bar that shows them."""
-
-    def __init__(self, total: int, progress: bool, timing: dict[str, float] | None):
-        self.spent = timing if timing is not None else {}
-        for phase in ("prefill", "decode"):
-            self.spent |= {f"{phase}_seconds": 0.0, f"{phase}_tokens": 0}
-        self.bar = tqdm(total=total, desc="sampling", unit="completion", disable=not progress,
-                        leave=False)
-        self.begin = time.perf_counter()
-
-    def note(self, prefilled: int, ended: Sequence[tuple[int, int, Completion]]) -> None:
-        """One pass: tokens of prompts that were computed (0: it decoded), rows that ended."""
-        spent, now = self.spent, time.perf_counter()
-        spent["prefill_seconds" if prefilled else "decode_seconds"] += now - self.begin
-        self.begin = now
-        spent["prefill_tokens"] += prefilled
-        spent["decode_tokens"] += sum(len(completion.ids) for _, _, completion in ended)
-        self.bar.update(len(ended))
-        if ended and not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(
-                f"{phase} {spent[phase + '_tokens'] / max(spent[phase + '_seconds'], 1e-9):,.0f}"
-                " tok/s" for phase in ("prefill", "decode")))
-
-    def close(self) -> None:
-        self.bar.close()
