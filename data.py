@@ -1,13 +1,13 @@
-r"""From text to questions: tokenizer, chat format, corpora, the filter of positions, prompt templates.
+r"""From text to questions: tokenizer, chat format, corpora, the filter of positions, templates.
 
-    documents --tokenize once--> flat files: tokens (uint32), starts (int64); read through np.memmap
+    documents --tokenize once--> flat files: tokens (uint32), starts (int64); np.memmap after that
         | a proxy model's entropy at every position, in the same order (paper, section 3.2; eval.py)
-        v positions that a filter keeps, by arrays, chunk by chunk
-    Question(context ids, truth: bytes of each following token) --template, chat format--> prompt ids
+        v positions that a filter keeps, document by document, by arrays
+    Question(context ids, truth: bytes of each following token) --template, chat--> prompt ids
 
 Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact
 token boundaries. Nothing here knows a model, and nothing in memory grows with the tokens of a
-corpus. Left out: Unigram and WordPiece vocabularies, and all that cannot give back the bytes it read.
+corpus. Left out: Unigram and WordPiece vocabularies, and all that cannot give back what it read.
 """
 
 import fcntl
@@ -19,9 +19,8 @@ import shutil
 import tempfile
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,33 +36,34 @@ from reward import reachable
 # --------------------------------------------------------------------------------------- tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json",
-         "special_tokens_map.json", "chat_template.jinja")
+         "chat_template.jinja")
 # Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as
 # characters 256, 257, ...
 CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTE_OF_CHAR = dict(zip(CHARS, sorted(range(256), key=lambda byte: chr(byte) not in CHARS)))
-PROBE = "Spelled  as It is:\n\tnaïve ﬁne ½ Ω，日本語 한글 🚀 ①\r\n{x_1} "  # in NFC, not in NFKC
-# Chat templates. \0 stands for what the user says.
+# What NFC leaves as it is and NFKC, lower-casing or a vocabulary without all bytes does not.
+PROBE = "Spelled  as It is:\n\tnaïve ﬁne ½ Ω，日本語 한글 🚀 ①\r\n{x_1} "
+NO_PREFIX = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+# Chat templates, or what is put before and behind them; in what they render, \0 is the prompt.
 PLAIN_CHAT = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 THINK = ("{{ '<think>\\n' if add_generation_prompt and (enable_thinking is not defined"
          " or enable_thinking) else '' }}")
-SWITCH = "{%% if enable_thinking is not defined %%}{%% set enable_thinking = %s %%}{%% endif %%}"
+SWITCH = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
 
 
 class Tokenizer:
     """A Hugging Face tokenizer.json with the exact bytes of every token.
 
     Text is encoded as text: a corpus that spells `<think>` or an end token does not get the special
-    token. A SentencePiece model reads a space before the beginning of a text: it is in the ids, and
-    in the bytes of the first of them, but not in the text.
+    token. A SentencePiece model reads a space before the beginning of a text (adds_space): it is in
+    the ids, and in the bytes of the first of them, but not in the text.
     """
 
     def __init__(self, files: dict[str, bytes], where: str, thinking: bool = True):
         """files: the contents of those of FILES that exist. where: the folder that an error names.
-        thinking: whether the chat format opens the assistant's thinking."""
-        settings, generation, config = (json.loads(files.get(name, b"{}")) for name in FILES[1:4])
+        thinking: whether the assistant thinks, see chat_format."""
+        spec, settings, generation, config = (_object(files, name, where) for name in FILES[:4])
         try:
-            spec = json.loads(files["tokenizer.json"])
             self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
             self._read_model(spec)
         except Exception as error:  # the Rust parser raises bare Exceptions
@@ -74,49 +74,45 @@ class Tokenizer:
                  for key, token in settings.items() if key.endswith("_token") and token}
         bos, eos = names.get("bos_token"), names.get("eos_token")
         added = json.dumps(spec.get("post_processor"), ensure_ascii=False)
-        wants_bos = settings.get("add_bos_token", f'"{bos}"' in added)
-        self.bos: list[int] = [self.special[bos]] if wants_bos and bos in self.special else []
-        end = next((source["eos_token_id"] for source in (generation, config)
-                    if source.get("eos_token_id") is not None), self.special.get(eos))
+        wants_bos = settings.get("add_bos_token", f'"{bos}"' in added) and bos in self.special
+        self.bos: list[int] = [self.special[bos]] if wants_bos else []
+        ends = (generation.get("eos_token_id"), config.get("eos_token_id"), self.special.get(eos))
+        end = next((end for end in ends if end is not None), None)
         if end is None:
             raise ValueError(f"{where}: no end token in generation_config.json, config.json or "
                              "tokenizer_config.json")
         self.eos_ids: list[int] = [end] if isinstance(end, int) else list(end)
 
         template = settings.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = {choice["name"]: choice["template"] for choice in template}.get("default")
-        if "chat_template.jinja" in files:
-            template = files["chat_template.jinja"].decode()
-        if not template:
-            template = "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT
+        if isinstance(template, list):
+            template = next(each["template"] for each in template if each["name"] == "default")
+        template = files.get("chat_template.jinja", b"").decode() or template \
+            or "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT
         template, self._trims, text = chat_format(template, thinking, names, where)
-        special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        self._chat = re.split(f"({special or '(?!)'})", text)
-        # What is written: the model's config.json is the model's, the template is the one used.
+        tokens = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        self._chat = re.split(f"({tokens or '(?!)'})", text)
+        # What is saved: the tokenizer as it was read, the template and the end tokens as used.
         settings = json.dumps(settings | {"chat_template": template}, ensure_ascii=False, indent=1)
         generation = json.dumps(generation | {"eos_token_id": self.eos_ids})
-        self.files = {name: files[name] for name in ("tokenizer.json", "special_tokens_map.json")
-                      if name in files}
-        self.files |= {"tokenizer_config.json": settings.encode(),
-                       "generation_config.json": generation.encode()}
+        self.files = {"tokenizer.json": files["tokenizer.json"],
+                      "tokenizer_config.json": settings.encode(),
+                      "generation_config.json": generation.encode()}
 
     def _read_model(self, spec: dict) -> None:
-        """The encoders and the bytes of each id. ValueError if those cannot spell a text."""
+        """The encoder, and the bytes of each id. ValueError if those cannot spell a text."""
         steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
-        nothing = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-        bare = json.loads(json.dumps(steps), object_hook=lambda step: step | {
-            name: value for name, value in nothing.items() if name in step})
-
-        def encoder(steps: dict) -> tokenizers.Tokenizer:
-            plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            return tokenizers.Tokenizer.from_str(json.dumps(spec | plain | steps))
-
-        self._begin = encoder(steps)  # of what begins a text
-        self._inside = self._begin if bare == steps else encoder(bare)  # of what goes on with one
-        # What follows a special token begins a text too, but for Metaspace's scheme "first".
         written = json.dumps(steps, ensure_ascii=False)
-        self._behind = self._inside if '"prepend_scheme": "first"' in written else self._begin
+        bare = json.loads(written, object_hook=lambda step: step | {
+            key: NO_PREFIX[key] for key in step.keys() & NO_PREFIX.keys()})
+        plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(spec | bare | plain))
+        self.adds_space = bare != steps
+        # What has a space of its own gets none, but for the normalizer "Prepend"; what follows a
+        # special token begins a text too, but for Metaspace's scheme "first".
+        self._spaces = () if '"Prepend"' in written else (" ", "\n", "\t", "\r")
+        if '"Metaspace"' in written:
+            self._spaces = " "
+        self._first_only = '"prepend_scheme": "first"' in written
 
         vocabulary = spec["model"]["vocab"]
         if not isinstance(vocabulary, dict):
@@ -138,54 +134,49 @@ class Tokenizer:
         for id, content in enumerate(self._bytes):
             self._ids_of[content].append(id)
 
-        probe = PROBE + "▁" * (space == "▁")  # elsewhere ▁ is a space, and refused in a corpus
-        for encode in (self._begin, self._inside):
-            spelled = self.bytes_of(encode.encode(probe, add_special_tokens=False).ids)
-            if spelled.removeprefix(b" ") != probe.encode():
-                raise ValueError(f"its tokens spell {probe!r} as {spelled.decode(errors='replace')!r}"
-                                 "; use one that keeps every byte, such as byte-level BPE")
+        probe = PROBE + "▁" * (space == "▁")  # else ▁ is a space, and refused where a text has it
+        spelled = self.bytes_of(self.encode_inside(probe))
+        if spelled != probe.encode():
+            raise ValueError(f"its tokens spell {probe!r} as {spelled.decode(errors='replace')!r}; "
+                             "use one that keeps every byte, such as byte-level BPE")
 
     @classmethod
     def from_dir(cls, path: str | Path, thinking: bool = True) -> "Tokenizer":
         """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one
         sentence."""
-        files = {name: (Path(path) / name).read_bytes() for name in FILES
-                 if (Path(path) / name).is_file()}
+        files = {file.name: file.read_bytes()
+                 for file in Path(path).glob("*") if file.name in FILES}
         if "tokenizer.json" not in files:
             raise FileNotFoundError(f"{path}: no tokenizer.json")
-        for name in files.keys() & set(FILES[1:4]):
-            try:
-                json.loads(files[name]).keys()
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path}/{name}: not a JSON object ({error})") from None
         return cls(files, str(path), thinking)
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and the configs, with the chat template and the end tokens that were
-        used: apply_chat_template of what is written gives chat()."""
+        """Writes tokenizer.json and its configs: apply_chat_template of what is written gives
+        chat()."""
         for name, content in self.files.items():
             (Path(directory) / name).write_bytes(content)
 
     def __len__(self) -> int:
         return len(self._bytes)
 
+    def _begin(self, text: str) -> str:
+        """A text as the model was trained to read it from its beginning."""
+        is_bare = self.adds_space and text and not text.startswith(self._spaces)
+        return " " + text if is_bare else text
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text from its beginning, without special tokens whatever it spells."""
-        return self._begin.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode() of many texts, in parallel."""
-        batch = self._begin.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in batch]
+        return self.encode_inside(self._begin(text))
 
     def encode_inside(self, text: str) -> list[int]:
         """Ids of a text that goes on with another: no space is put before it."""
-        return self._inside.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
-    @property
-    def adds_space(self) -> bool:
-        """Whether encode() may put a space before a text."""
-        return self._begin is not self._inside
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode() of many texts, in parallel."""
+        texts = list(map(self._begin, texts))
+        batch = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for an id that pads the model's vocabulary."""
@@ -200,7 +191,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids))
 
     def tokens(self, text: bytes) -> list[bytes]:
-        """The bytes of each token of what goes on with a text; none for bytes that are not UTF-8."""
+        """The bytes of each token of what goes on with a text; none if it is not UTF-8."""
         try:
             return [self.token_bytes(id) for id in self.encode_inside(text.decode())]
         except UnicodeDecodeError:
@@ -213,84 +204,68 @@ class Tokenizer:
         where it breaks off within a character.
         """
         prompt = prompt.strip() if self._trims else prompt
-        ids, encoder = [], self._begin
+        ids = []
         for piece in self._chat:
             if piece in self.special:
                 ids.append(self.special[piece])
-                encoder = self._behind
                 continue
             piece = piece.replace("\0", prompt)
-            before, place, after = piece.partition("{context}")
-            if not place or context is None:
-                ids += encoder.encode(piece, add_special_tokens=False).ids
-            else:
-                ids += encoder.encode(before, add_special_tokens=False).ids
+            before, after = piece, None
+            if context is not None and "{context}" in piece:
+                before, after = piece.split("{context}")
+            ids += self.encode_inside(before if ids and self._first_only else self._begin(before))
+            if after is not None:
                 ids += [*context, *self.encode_inside(after)]
         return ids
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of what an assistant says, where the ends of thinking are the model's own tokens."""
+        """Ids of what an assistant says, where the marks of thinking are the model's own tokens."""
         ids = []
         for piece in re.split("(</?think>)", text):
-            mark = piece in ("<think>", "</think>") and piece in self.special
-            ids += [self.special[piece]] if mark else self.encode_inside(piece)
+            is_mark = piece.endswith("think>") and piece in self.special
+            ids += [self.special[piece]] if is_mark else self.encode_inside(piece)
         return ids
+
+
+def _object(files: dict[str, bytes], name: str, where: str) -> dict:
+    try:
+        return {} | json.loads(files.get(name, b"{}"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}/{name}: not a JSON object ({error})") from None
 
 
 def chat_format(template: str, thinking: bool, names: dict[str, str],
                 where: str) -> tuple[str, bool, str]:
-    r"""The chat template to use, whether it trims what the user says, and its text around "\0".
+    r"""The chat template to use, whether it trims the prompt, and what it renders around "\0".
 
-    thinking: what enable_thinking says; where the template does not know it, a `<think>` behind the
+    thinking: the template's enable_thinking; where it does not know that, a `<think>` behind the
     assistant's turn. The returned template does so by default. names: bos_token and the like.
-    ValueError if the template cannot be rendered, or opens the thinking that was not wanted.
+    ValueError if the template cannot be rendered, or opens thinking that is not wanted.
     """
-    def render(prompt: str = "\0", **switch: bool) -> str:
-        return render_chat(template, prompt, **names, **switch)
-
-    try:
-        opened = "<think>" in render().rpartition("\0")[2]
-        if thinking and not opened and "enable_thinking" not in template:
-            template = template.removesuffix("\n") + THINK  # the newline is not rendered
-        text = render(enable_thinking=thinking)
-        if render() != text:
-            template = SWITCH % str(thinking).lower() + template
-        trims = render(" \0 ") == text
-    except Exception as error:  # templates are programs
-        raise ValueError(f"{where}: the chat template cannot be rendered "
-                         f"({type(error).__name__}: {error})") from None
-    behind = text.rpartition("\0")[2]
-    if text.count("\0") != 1:
-        raise ValueError(f"{where}: the chat template says the user's message {text.count(chr(0))} "
-                         "times; it should once")
-    if not thinking and behind.rfind("<think>") > behind.rfind("</think>"):
-        raise ValueError(f"{where}: the chat template opens <think> whatever enable_thinking says; "
-                         "use thinking, or a template that can do without")
-    return template, trims, text
-
-
-def render_chat(template: str, prompt: str, **variables: object) -> str:
-    """What a chat template makes of one user message, the assistant's turn opened, as transformers'
-    apply_chat_template renders it, in a sandbox."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message: str) -> None:
-        raise ValueError(message)
+    def render(prompt: str = "\0", **switch: bool) -> str:
+        environment = ImmutableSandboxedEnvironment(  # as transformers has it
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(template).render(
+            names | switch, messages=[{"role": "user", "content": prompt}], tools=None,
+            documents=None, add_generation_prompt=True)
 
-    def tojson(value: object, **options: object) -> str:
-        return json.dumps(value, **{"ensure_ascii": False} | options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception,
-                            "strftime_now": lambda format: datetime.now().strftime(format)}
-    # transformers' {% generation %} marks what an assistant said; there is nothing here to mark.
-    template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
-    template = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template)
-    return environment.from_string(template).render(
-        messages=[{"role": "user", "content": prompt}], tools=None, documents=None,
-        add_generation_prompt=True, **variables)
+    try:
+        is_open = "<think>" in render().rpartition("\0")[2]
+        if thinking and not is_open and "enable_thinking" not in template:
+            template = template.removesuffix("\n") + THINK  # a last newline is not rendered
+        text = render(enable_thinking=thinking)
+        if render() != text:
+            template = SWITCH.format(str(thinking).lower()) + template
+        before, behind = text.split("\0")  # the prompt, once
+        if not thinking and behind.rfind("<think>") > behind.rfind("</think>"):
+            raise ValueError("it opens <think> whatever enable_thinking says")
+        return template, render(" \0 ") == text, text
+    except Exception as error:  # templates are programs
+        raise ValueError(f"{where}: a chat template that cannot be used, thinking={thinking} "
+                         f"({type(error).__name__}: {error})") from None
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
@@ -305,8 +280,8 @@ def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, where: object) -> 
     for id in range(len(tokenizer)):
         ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
         if ours != theirs:
-            raise ValueError(f"{where}: token {id} is {theirs!r} there and {ours!r} in the policy's "
-                             "tokenizer; the proxy has to share the policy's tokenizer")
+            raise ValueError(f"{where}: token {id} is {theirs!r} there and {ours!r} in the "
+                             "policy's tokenizer; use a proxy that shares it")
 
 
 # ----------------------------------------------------------------------------------------- corpora
@@ -321,7 +296,7 @@ CONVERT = ("python -c \"from datasets import load_dataset; "
 @dataclass(frozen=True)
 class Document:
     """A text. `problem` is its beginning if it is a problem and its solution, `answer` the
-    verifiable result; of a prompt and response row both halves, in the chat format when encoded."""
+    verifiable result. Of a prompt and response row both halves, in the chat format once encoded."""
 
     text: str
     id: int
@@ -330,30 +305,35 @@ class Document:
     prompt: str | None = None
     response: str | None = None
 
+    @property
+    def asked(self) -> str:
+        """By this documents are held out and near-duplicates judged."""
+        return self.prompt or self.text
+
 
 def _document(row: object, id: int, where: str) -> Document:
-    """A JSON row: `text`, or problem (question) and solution, joined by an empty line, or prompt and
-    response; `answer` where there is one."""
+    """A JSON row: `text`, or problem (question) and solution, joined by an empty line, or prompt
+    and response; `answer` where there is one."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object")
     get = {key: unicodedata.normalize("NFC", str(row[key])) for key in FIELDS
            if isinstance(row.get(key), (str, int, float))}
+    text, prompt, response, answer = map(get.get, ("text", "prompt", "response", "answer"))
     problem = get.get("problem") or get.get("question")
-    solution = get.get("solution") or (get.get("answer") if "question" in get else None)
-    text, prompt, response = map(get.get, ("text", "prompt", "response"))
+    solution = get.get("solution") or (answer if "question" in get else None)
     if text or not (prompt and response):
         prompt = response = None
     if not text:
         halves = (prompt, response) if prompt else (problem, solution)
         text = "\n\n".join(halves) if all(halves) else problem
     if not text or not text.strip():
-        raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and `solution`, "
-                         "or `prompt` and `response`")
+        raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and "
+                         "`solution`, or `prompt` and `response`")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; "
                          "mend the text")
-    problem = problem if problem and text.startswith(problem) else None
-    return Document(text, id, problem, get.get("answer"), prompt, response)
+    begins = problem and text.startswith(problem)
+    return Document(text, id, problem if begins else None, answer, prompt, response)
 
 
 def _text_documents(content: BinaryIO) -> Iterator[bytes]:
@@ -381,7 +361,7 @@ def file_rows(file: Path) -> Iterator[tuple[object, str]]:
                                  "line, split this one")
             try:
                 text = piece.decode()
-                if text.strip() or is_text:
+                if is_text or text.strip():
                     yield {"text": text} if is_text else json.loads(text), where
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: byte {error.start} is not UTF-8; convert the file to "
@@ -403,16 +383,15 @@ def corpus_files(source: str | Path) -> list[Path]:
         try:
             from huggingface_hub import snapshot_download
             path = Path(snapshot_download(name, repo_type="dataset",
-                                          allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
+                                          allow_patterns=["*" + suffix for suffix in SUFFIXES]))
         except Exception as error:  # the hub's client has many; the user can do the same about each
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(f"{name}: no such corpus, and not available from the hub "
-                                    f"({reason})") from None
+                                    f"({' '.join(str(error).split())})") from None
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith(SUFFIXES) and file.is_file()]
+    files = [file for file in files if file.name.endswith(SUFFIXES)]
     if not files:
-        raise ValueError(f"{name}: a corpus is a .jsonl, .jsonl.gz or .txt file, or a folder of them;"
-                         f" a dataset of the hub that has none becomes one by: {CONVERT.format(name)}")
+        raise ValueError(f"{name}: a corpus is a .jsonl, .jsonl.gz or .txt file, or a folder of "
+                         f"them; a dataset of the hub is made one by: {CONVERT.format(name)}")
     return files
 
 
@@ -426,8 +405,7 @@ def documents(source: str | Path) -> Iterator[Document]:
     id = -1
     for file in corpus_files(source):
         try:
-            for row, where in file_rows(file):
-                id += 1
+            for id, (row, where) in enumerate(file_rows(file), id + 1):
                 yield _document(row, id, where)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{file}: cannot be read ({error})") from None
@@ -446,86 +424,60 @@ TRAIN, HELD_OUT, DROPPED = 0, 1, 2
 # Scripts without spaces: Thai and Lao, Burmese, Khmer, kana, and the ideographs.
 ALONE = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
          "\U00020000-\U0003ffff")
-WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+")
-RUN = 8  # words
+WORD = re.compile(f"[{ALONE}]|[^\\W{ALONE}]+")
 
 
-def _word_runs(text: str) -> np.ndarray:
-    """The set of a text's runs of eight words, or of all if there are fewer, as uint64 hashes of
-    this process. Words are in lower case and without punctuation; a character each where the
-    script has no spaces."""
-    words = np.array(list(map(hash, WORD.findall(text.casefold()))), dtype=np.int64)
-    words, size = words.view(np.uint64), min(RUN, len(words))
-    runs = np.full(len(words) - size + 1, size, np.uint64)
-    for place in range(size):
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[place: place + len(runs)]
-    return np.unique(runs)
+def _word_runs(text: str, size: int = 8) -> set[int]:
+    """The set of a text's runs of eight words, or of all if there are fewer, as hashes. Words are
+    in lower case and without punctuation, and single characters where a script has no spaces."""
+    words = WORD.findall(text.casefold())
+    return {hash(tuple(words[n: n + size])) for n in range(max(1, len(words) - size + 1))}
 
 
-def split_documents(texts: Callable[[], Iterable[str]], hashes: np.ndarray, holdout: int,
-                    seed: int) -> np.ndarray:
+def split_documents(texts: Callable[[], Iterable[str]], holdout: int, seed: int) -> np.ndarray:
     """TRAIN, HELD_OUT or DROPPED for each document, int8 [D].
 
-    texts: gives what is asked of each document, in order; it is read twice, and only the runs of
-    held-out documents are kept. hashes [D]: of their contents. Held out are those with the
-    `holdout` smallest hashes of (seed, content), so that a document that is added changes at most
-    one. Dropped are near-duplicates of a held-out document: at least half of the runs of eight
-    words of the shorter one are in the other. (Of two equally long texts with one word changed in 40
-    three quarters are; a Jaccard index of 1/2 or more is included.)
+    texts: gives what is asked of each document, in order; it is read again and again, and only the
+    runs of held-out documents are kept. Held out are the documents with the `holdout` smallest
+    hashes of (seed, text), so that a document that is added changes at most one. Dropped are their
+    near-duplicates: at least half of the runs of eight words of the one that has fewer are in the
+    other, which holds where Jaccard's index is 1/2 or one text contains the other.
     """
-    keys = [hashlib.blake2b(f"{seed} {content}".encode()).digest() for content in hashes.tolist()]
+    keys = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts()]
     split = np.full(len(keys), TRAIN, np.int8)
     split[sorted(range(len(keys)), key=keys.__getitem__)[:holdout]] = HELD_OUT
-    held = [_word_runs(text) for text, part in zip(texts(), split, strict=True) if part == HELD_OUT]
-    if not held:
-        return split
-    sizes, runs = np.array(list(map(len, held))), np.concatenate(held)
-    order = np.argsort(runs)
-    runs, owners = runs[order], np.repeat(np.arange(len(held)), sizes)[order]
-    for number, text in enumerate(texts()):
-        if split[number] == HELD_OUT:
-            continue
-        own = _word_runs(text)
-        first, last = np.searchsorted(runs, own, "left"), np.searchsorted(runs, own, "right")
-        found = [owners[a:b] for a, b in zip(first, last) if b > a] if (last > first).any() else []
-        if found:
-            shared = np.bincount(np.concatenate(found), minlength=len(sizes))
-            if (2 * shared >= np.minimum(sizes, len(own))).any():
-                split[number] = DROPPED
+    sizes, owners = {}, defaultdict(list)  # of held-out documents; by run
+    for document, text in enumerate(texts()):
+        if split[document] == HELD_OUT:
+            runs = _word_runs(text)
+            sizes[document] = len(runs)
+            for run in runs:
+                owners[run].append(document)
+    for document, text in enumerate(texts() if sizes else ()):
+        if split[document] == TRAIN:
+            runs = _word_runs(text)
+            shared = Counter(held for run in runs & owners.keys() for held in owners[run])
+            if any(2 * both >= min(len(runs), sizes[held]) for held, both in shared.items()):
+                split[document] = DROPPED
     return split
 
 
-def content_hash(text: str) -> int:
-    """64 bits that name a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def fingerprint(*parts: object) -> str:
-    """A short name for a set of inputs: a file (a Path) by its content, a folder by its files' names
-    and contents, everything else by its text."""
+    """A short name for a set of inputs: a file or a folder of files (a Path) by names and contents,
+    everything else by its text."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
         if not isinstance(part, Path):
             digest.update(repr(part).encode() + b"\0")
             continue
-        is_folder = part.is_dir()
-        for file in sorted(filter(Path.is_file, part.iterdir())) if is_folder else [part]:
+        for file in sorted(filter(Path.is_file, part.iterdir())) if part.is_dir() else [part]:
             with open(file, "rb") as content:
-                name = file.name.encode() if is_folder else b""
-                digest.update(name + hashlib.file_digest(content, "blake2b").digest())
+                digest.update(file.name.encode())
+                digest.update(hashlib.file_digest(content, "blake2b").digest())
     return digest.hexdigest()
 
 
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Holds the lock of this name among processes; take it before looking at what it guards."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-# -------------------------------------------------------------------------------- tokenised corpora
+# ------------------------------------------------------------------------------- tokenised corpora
 
 BATCH = 2**20  # characters tokenised at a time
 
@@ -537,7 +489,7 @@ class Corpus:
     tokenizer: Tokenizer
     tokens: np.ndarray  # uint32 [N], of all documents one after the other
     starts: np.ndarray  # int64 [D + 1]: document d is tokens[starts[d]: starts[d + 1]]
-    regions: np.ndarray  # int64 [D]: the token where the solution or response begins, or the document
+    regions: np.ndarray  # int64 [D]: the token where a solution or response begins, or a document
     is_chat: np.ndarray  # bool [D]: a prompt in the chat format and a response
     split: np.ndarray  # int8 [D]: TRAIN, HELD_OUT or DROPPED
     fingerprint: str  # of the tokenizer and of all tokens
@@ -546,18 +498,16 @@ class Corpus:
         """The tokens of a document, uint32."""
         return self.tokens[self.starts[document]: self.starts[document + 1]]
 
-
-ARRAYS = {"starts": np.int64, "regions": np.int64, "is_chat": np.bool_, "hashes": np.uint64}
-
-
-def _asked(document: Document) -> str:
-    """What near-duplicates are judged by."""
-    return document.prompt or document.text
+    def truth(self, place: int) -> tuple[bytes, ...]:
+        """The bytes of each token from a place in `tokens` on, up to the end of the document."""
+        end = self.starts[np.searchsorted(self.starts, place, "right")]
+        ids = self.tokens[place: min(place + TRUTH_TOKENS, end)].tolist()
+        return tuple(map(self.tokenizer.token_bytes, ids))
 
 
 def _batches(source: str | Path) -> Iterator[list[Document]]:
     batch, size = [], 0
-    for document in tqdm(documents(source), desc="tokenize", unit=" documents", disable=None):
+    for document in tqdm(documents(source), "tokenize", unit=" documents", disable=None):
         batch.append(document)
         size += len(document.text)
         if size > BATCH:
@@ -566,50 +516,39 @@ def _batches(source: str | Path) -> Iterator[list[Document]]:
     yield batch
 
 
-def _encode_documents(tokenizer: Tokenizer, batch: Sequence[Document],
-                      sizes: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """The ids of each document, and the place in them where its solution or response begins.
-
-    sizes: the bytes of each token. ValueError if the tokens of a document do not spell it.
-    """
-    texts = iter(tokenizer.encode_batch([d.text for d in batch if d.prompt is None]))
-    for document in batch:
-        if document.prompt is not None:
-            prompt = tokenizer.chat(document.prompt)
-            ids = prompt + tokenizer.response_ids(document.response)
-            yield np.array(ids, np.uint32), len(prompt)
-            continue
-        ids, place = np.array(next(texts), np.uint32), 0
-        ends, size = sizes[ids].cumsum(), len(document.text.encode())
-        if ends[-1] - size not in (0, int(tokenizer.adds_space)):
-            raise ValueError(
-                f"document {document.id + 1} of the corpus has a character that its tokens do not give"
-                f" back (SentencePiece reads ▁, U+2581, as a space): {document.text[:60]!r}")
-        if document.problem is not None:
-            solution = document.text[len(document.problem):].lstrip().encode()
-            place = int(np.searchsorted(ends, ends[-1] - len(solution))) + 1
-        yield ids, place
+def _region(document: Document, sizes: np.ndarray, adds_space: bool) -> int:
+    """The place of a plain document's first token behind its problem. sizes: bytes of its tokens.
+    ValueError if they do not spell it."""
+    ends, text = sizes.cumsum(), document.text
+    if ends[-1] - len(text.encode()) not in (0, adds_space):
+        raise ValueError(f"document {document.id + 1} of the corpus: its tokens do not spell it "
+                         "(SentencePiece reads the character ▁ as a space); mend the text: "
+                         f"{text[:60]!r}")
+    if document.problem is None:
+        return 0
+    solution = text[len(document.problem):].lstrip().encode()
+    return int(np.searchsorted(ends, ends[-1] - len(solution))) + 1
 
 
 def _tokenize(source: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokens.u32, the small arrays and the fingerprint of a corpus to a folder."""
+    """Writes tokens.u32 and documents.npz into a folder."""
     sizes = np.array([len(tokenizer.token_bytes(id)) for id in range(len(tokenizer))])
-    digest = hashlib.blake2b(fingerprint(tokenizer.files["tokenizer.json"]).encode(), digest_size=12)
-    columns, total = {name: [] for name in ARRAYS}, 0
+    starts, rows = [0], []  # rows: region, is_chat
     with open(folder / "tokens.u32", "wb") as out:
         for batch in _batches(source):
-            for document, (ids, place) in zip(batch, _encode_documents(tokenizer, batch, sizes)):
-                row = (total, total + place, document.prompt is not None,
-                       content_hash(_asked(document)))
-                for column, value in zip(columns.values(), row):
-                    column.append(value)
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-                ids.tofile(out)
-                total += len(ids)
-    columns["starts"].append(total)
-    for name, dtype in ARRAYS.items():
-        np.array(columns[name], dtype).tofile(folder / name)
-    (folder / "fingerprint").write_text(digest.hexdigest())
+            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
+                if document.prompt:
+                    prompt = tokenizer.chat(document.prompt)
+                    ids, region = prompt + tokenizer.response_ids(document.response), len(prompt)
+                else:
+                    region = _region(document, sizes[ids], tokenizer.adds_space)
+                np.array(ids, np.uint32).tofile(out)
+                rows.append((starts[-1] + region, bool(document.prompt)))
+                starts.append(starts[-1] + len(ids))
+    regions, is_chat = map(np.array, zip(*rows))
+    name = fingerprint(tokenizer.files["tokenizer.json"], folder / "tokens.u32", starts)
+    np.savez(folder / "documents.npz", starts=np.array(starts), regions=regions, is_chat=is_chat,
+             fingerprint=name)
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
@@ -619,35 +558,32 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, hol
     source: see documents(). Files are written aside and renamed, under a lock that is taken before
     anything is looked at, so several processes may begin together and any may be killed.
     """
-    made_of = (tokenizer.files["tokenizer.json"], tokenizer.bos, tokenizer.chat("\0"))
-    folder = Path(cache) / f"corpus-{fingerprint(*made_of, *corpus_files(source))}"
-    split = folder / f"split-{holdout}-{seed}"
-    with locked(folder.with_suffix(".lock")):
-        arrays = {name: np.fromfile(folder / name, dtype) for name, dtype in ARRAYS.items()
-                  if (folder / name).exists()}
-        tokens = folder / "tokens.u32"
-        if len(arrays) < len(ARRAYS) or tokens.stat().st_size != 4 * arrays["starts"][-1]:
-            aside = folder.with_suffix(".aside")
-            for old in (folder, aside):
-                shutil.rmtree(old, ignore_errors=True)
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), *corpus_files(source))
+    folder = Path(cache) / f"corpus-{name}"
+    aside, split = folder.with_suffix(".aside"), folder / f"split-{holdout}-{seed}"
+    with open(folder.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
             aside.mkdir()
             _tokenize(source, tokenizer, aside)
             aside.rename(folder)
-            arrays = {name: np.fromfile(folder / name, dtype) for name, dtype in ARRAYS.items()}
-        hashes = arrays.pop("hashes")
         if not split.exists():
-            aside = split.with_suffix(".aside")
-            split_documents(lambda: map(_asked, documents(source)), hashes, holdout,
-                            seed).tofile(aside)
-            aside.rename(split)
-    return Corpus(tokenizer, np.memmap(tokens, np.uint32, "r"), split=np.fromfile(split, np.int8),
-                  fingerprint=(folder / "fingerprint").read_text(), **arrays)
+            texts = (lambda: (document.asked for document in documents(source)))
+            split_documents(texts, holdout, seed).tofile(split.with_suffix(".aside"))
+            split.with_suffix(".aside").rename(split)
+    arrays = dict(np.load(folder / "documents.npz"))
+    tokens = np.asarray(np.memmap(folder / "tokens.u32", np.uint32, "r"))
+    if len(tokens) != arrays["starts"][-1]:
+        raise ValueError(f"{folder}: {len(tokens)} tokens, not {arrays['starts'][-1]}; remove it")
+    return Corpus(tokenizer, tokens, split=np.fromfile(split, np.int8),
+                  **arrays | {"fingerprint": str(arrays["fingerprint"])})
 
 
 # --------------------------------------------------------------------------------------- questions
 
 TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
-CHUNK = 2**20  # positions looked at in one go
 
 
 @dataclass(frozen=True)
@@ -676,11 +612,9 @@ class QuestionSet:
     def __getitem__(self, n: int) -> Question:
         corpus, place = self.corpus, int(self.positions[n])
         document = int(np.searchsorted(corpus.starts, place, "right")) - 1
-        start, end = corpus.starts[document: document + 2].tolist()
-        following = corpus.tokens[place: min(place + TRUTH_TOKENS, end)].tolist()
-        truth = tuple(map(corpus.tokenizer.token_bytes, following))
-        return Question(tuple(corpus.tokens[start:place].tolist()), truth, document, place - start,
-                        float(self.entropy[place]))
+        position = place - int(corpus.starts[document])
+        return Question(tuple(corpus.ids(document)[:position].tolist()), corpus.truth(place),
+                        document, position, float(self.entropy[place]))
 
 
 @dataclass(frozen=True)
@@ -699,74 +633,43 @@ class PositionFilter:
     region: str = "all"
     seed: int = 0
 
-    def __post_init__(self):
-        if self.kind not in ("threshold", "top", "random") or self.region not in ("all", "solution"):
-            raise ValueError(f"filter {self.kind!r} in {self.region!r}: the kinds are threshold, top "
-                             "and random, the regions all and solution")
-        if self.kind != "threshold" and not 0 <= self.value <= 1:
-            raise ValueError(f"filter {self.kind} {self.value:g}: a share is between 0 and 1")
-
 
 def _candidates(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
                 split: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunk by chunk, the positions that a filter may keep and their entropies."""
-    first = corpus.starts[:-1] + max(chosen.min_context, 1)
-    last = corpus.starts[1:]
-    if chosen.region == "solution":
-        first = np.maximum(first, corpus.regions)
-    if chosen.max_context:
-        last = np.minimum(last, corpus.starts[:-1] + chosen.max_context + 1)
-    there = (corpus.split == split) & (first < last)
-    first, last = first[there], last[there]
-    for begin in range(0, len(corpus.tokens), CHUNK):
-        values = np.array(entropy[begin: begin + CHUNK])
-        steps = np.zeros(len(values) + 1, np.int8)  # where a document's positions begin and end
-        for edges, step in ((first, 1), (last, -1)):
-            here = edges[np.searchsorted(edges, begin): np.searchsorted(edges, begin + CHUNK)]
-            steps[here - begin] += np.int8(step)
-        steps[0] += np.searchsorted(first, begin) - np.searchsorted(last, begin)
-        places = np.flatnonzero((np.cumsum(steps[:-1], dtype=np.int8) > 0) & np.isfinite(values))
-        yield places + begin, values[places]
+    """Of each document the positions that a filter may keep, and their entropies."""
+    for document in np.flatnonzero(corpus.split == split):
+        start, end = corpus.starts[document: document + 2]
+        first = start + max(chosen.min_context, 1)
+        if chosen.region == "solution":
+            first = max(first, corpus.regions[document])
+        if chosen.max_context:
+            end = min(end, start + chosen.max_context + 1)
+        values = entropy[first:end]
+        there = np.flatnonzero(np.isfinite(values))
+        yield first + there, values[there]
 
 
-def _ordered(values: np.ndarray) -> np.ndarray:
-    """float32 to uint32 that compare alike; 0.0 and -0.0 are one."""
-    bits = (values + np.float32(0)).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
+def _on_disk(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+    """Arrays one after the other, in a temporary file and not in memory."""
+    with tempfile.TemporaryFile() as file:
+        for part in parts:
+            part.tofile(file)
+        return np.memmap(file, dtype, "r+") if file.tell() else np.zeros(0, dtype)
 
 
 def _top(chunks: Callable[[], Iterator], share: float) -> Iterator[np.ndarray]:
-    """The positions of the `share` highest entropies, the earlier of equals, in three passes: two
-    histograms find the entropy of the last one kept."""
-    counts = sum(np.bincount(_ordered(v) >> 16, minlength=2**16) for _, v in chunks())
-    left = int(np.ceil(share * counts.sum()))
-    edge = 0
-    for bits in (16, 0):
-        if bits == 0:
-            inside = (_ordered(v) for _, v in chunks())
-            counts = sum(np.bincount(o[o >> 16 == edge] & 0xFFFF, minlength=2**16) for o in inside)
-        above = counts[::-1].cumsum()
-        behind = int(np.searchsorted(above, left))  # buckets that are kept whole
-        left -= int(above[behind - 1]) if behind else 0
-        edge = (edge << 16) + 2**16 - 1 - behind
+    """The positions of the `share` highest entropies, the earlier of equals."""
+    ranked = _on_disk((values for _, values in chunks()), np.float32)
+    count = int(np.ceil(share * len(ranked)))
+    if not count:
+        return
+    ranked.partition(len(ranked) - count)
+    edge = ranked[-count]
+    left = count - int((ranked[-count:] > edge).sum())  # of those with the last entropy kept
     for places, values in chunks():
-        order = _ordered(values)
-        equal = order == edge
-        kept = (order > edge) | (equal & (np.cumsum(equal) <= left))
+        equal = values == edge
+        yield places[(values > edge) | equal & (equal.cumsum() <= left)]
         left -= min(left, int(equal.sum()))
-        yield places[kept]
-
-
-def _reachable(corpus: Corpus, decided: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Of some positions, those whose truth a \\boxed{} can hold. decided: see select_positions."""
-    known = decided[corpus.tokens[places]]
-    keep = known == 1
-    open_ones = np.flatnonzero(known < 0)
-    ends = corpus.starts[np.searchsorted(corpus.starts, places[open_ones], "right")]
-    for n, end in zip(open_ones, ends):
-        following = corpus.tokens[places[n]: min(places[n] + TRUTH_TOKENS, end)].tolist()
-        keep[n] = reachable(map(corpus.tokenizer.token_bytes, following))
-    return places[keep]
 
 
 def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
@@ -775,33 +678,29 @@ def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter
 
     entropy float32 [N]: of every token of the corpus. Left out: positions without a finite entropy,
     and truths that no \\boxed{} can hold (see reward.reachable). What is kept takes 8 bytes a
-    position in a file that goes with the set; memory holds a chunk.
+    position, in a temporary file.
     """
-    if len(entropy) != len(corpus.tokens):
-        raise ValueError(f"{len(entropy)} entropies for {len(corpus.tokens)} tokens")
-    random = np.random.default_rng([chosen.seed, 5])
-
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return _candidates(corpus, entropy, chosen, split)
+        return _candidates(corpus, np.asarray(entropy), chosen, split)
 
-    if chosen.kind == "threshold":
-        kept = (places[values > chosen.value] for places, values in chunks())
+    def reached(places: np.ndarray) -> np.ndarray:
+        keep = alone[corpus.tokens[places]]
+        for n in np.flatnonzero(is_open[corpus.tokens[places]]):
+            keep[n] = reachable(corpus.truth(places[n]))
+        return places[keep]
+
+    # Mostly the first token of a truth decides whether it is reachable.
+    vocabulary = [corpus.tokenizer.token_bytes(id) for id in range(len(corpus.tokenizer))]
+    alone = np.array([reachable([token]) for token in vocabulary])
+    is_open = np.array([not t or t.count(b"{") > t.count(b"}") for t in vocabulary])
+    if chosen.kind == "top":
+        kept = _top(chunks, chosen.value)
     elif chosen.kind == "random":
+        random = np.random.default_rng([chosen.seed, 5])
         kept = (places[random.random(len(places)) < chosen.value] for places, _ in chunks())
     else:
-        kept = _top(chunks, chosen.value)
-    # Whether a truth is reachable: 1 or 0 where its first token decides, else -1.
-    decided = np.ones(len(corpus.tokenizer), np.int8)
-    for id in range(len(decided)):
-        token = corpus.tokenizer.token_bytes(id)
-        if not token or b"{" in token or b"}" in token or b"</think>" in token:
-            is_open = not token or token.count(b"{") > token.count(b"}")
-            decided[id] = -1 if is_open else reachable([token])
-    with tempfile.TemporaryFile() as file:
-        for places in kept:
-            _reachable(corpus, decided, places).tofile(file)
-        positions = np.memmap(file, np.int64, "r") if file.tell() else np.zeros(0, np.int64)
-    return QuestionSet(corpus, entropy, positions)
+        kept = (places[values > chosen.value] for places, values in chunks())
+    return QuestionSet(corpus, entropy, _on_disk(map(reached, kept), np.int64))
 
 
 def answer_sets(source: str | Path, tokenizer: Tokenizer, holdout: int,
@@ -811,19 +710,17 @@ def answer_sets(source: str | Path, tokenizer: Tokenizer, holdout: int,
     What is held out, and what is near it, is judged by the problem alone: it is all that is asked.
     """
     rows = read_corpus(source)
-    if missing := next((row for row in rows if row.answer is None), None):
-        raise ValueError(f"document {missing.id + 1} of the corpus has no `answer`; "
-                         "stage rlvr needs one for every problem")
     problems = [row.problem or row.text for row in rows]
-    split = split_documents(lambda: problems, np.array(list(map(content_hash, problems)), np.uint64),
-                            holdout, seed)
-    questions = [Question(tuple(ids), (), row.id, 0, answer=row.answer)
-                 for ids, row in zip(tokenizer.encode_batch(problems), rows)]
-    train, held = ([questions[n] for n in np.flatnonzero(split == part)]
-                   for part in (TRAIN, HELD_OUT))
-    dropped = len(rows) - len(train) - len(held)
+    split = split_documents(lambda: problems, holdout, seed)
+    sets = {part: [] for part in (TRAIN, HELD_OUT, DROPPED)}
+    for row, ids, part in zip(rows, tokenizer.encode_batch(problems), split.tolist()):
+        if row.answer is None:
+            raise ValueError(f"document {row.id + 1} of the corpus has no `answer`; "
+                             "stage rlvr needs one for every problem")
+        sets[part].append(Question(tuple(ids), (), row.id, 0, answer=row.answer))
+    train, held, dropped = sets.values()
     return train, held, (f"questions with answers: {len(train):,}, held out {len(held):,}, "
-                         f"{dropped:,} near-duplicates dropped")
+                         f"{len(dropped):,} near-duplicates dropped")
 
 
 @dataclass(frozen=True)
@@ -833,59 +730,51 @@ class SequenceSet:
 
     corpus: Corpus
     max_tokens: int
-    documents: np.ndarray  # int64 [D']
-    ends: np.ndarray  # int64 [D']: how many sequences there are up to and with each document
+    places: np.ndarray  # int64 [n, 2]: document, and where in it the run begins
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return len(self.places)
 
     def __getitem__(self, n: int) -> tuple[list[int], int]:
-        corpus, tokenizer = self.corpus, self.corpus.tokenizer
-        place = int(np.searchsorted(self.ends, n, "right"))
-        document = int(self.documents[place])
-        start, end = corpus.starts[document: document + 2].tolist()
+        document, begin = self.places[n]
+        corpus, ids = self.corpus, self.corpus.ids(document)
+        end = corpus.tokenizer.eos_ids[:1]
         if corpus.is_chat[document]:
-            first = int(corpus.regions[document]) - start
-            return corpus.tokens[start:end].tolist() + tokenizer.eos_ids[:1], first
-        # Windows share one token, so that every token but the first is predicted once.
-        begin = (n - (int(self.ends[place - 1]) if place else 0)) * (self.max_tokens - 1)
-        bos = tokenizer.bos[begin:]
-        body = start + max(begin - len(tokenizer.bos), 0)
-        ids = corpus.tokens[body: min(body + self.max_tokens, end)].tolist()
-        return (bos + ids + tokenizer.eos_ids[:1])[: self.max_tokens], 1
+            return ids.tolist() + end, int(corpus.regions[document] - corpus.starts[document])
+        # A window opens with the last token of the one before: every token is predicted once.
+        lead = ids[begin - 1: begin].tolist() if begin else corpus.tokenizer.bos
+        size = self.max_tokens - 1
+        return lead + (ids[begin: begin + size].tolist() + end)[:size], 1
 
 
 def sequences(corpus: Corpus, max_tokens: int) -> SequenceSet:
     """What stage ntp trains on: of the training split alone, plain documents between bos (if the
     tokenizer has one) and the end token in windows of at most max_tokens, and responses with their
     end token behind their prompts, whole. ValueError if one of these is longer than max_tokens."""
-    chosen = np.flatnonzero(corpus.split == TRAIN)
-    is_chat = corpus.is_chat[chosen]
-    lengths = np.diff(corpus.starts)[chosen] + 1 + np.where(is_chat, 0, len(corpus.tokenizer.bos))
-    too_long = np.flatnonzero(is_chat & (lengths > max_tokens))
-    if max_tokens < 2 or len(too_long):
-        what = f"document {chosen[too_long[0]] + 1} takes {lengths[too_long[0]]} tokens, " \
-            if len(too_long) else ""
-        raise ValueError(f"{what}max_tokens is {max_tokens}; raise it or leave the document out")
-    windows = np.where(is_chat, 1, -(-(lengths - 1) // (max_tokens - 1)))
-    return SequenceSet(corpus, max_tokens, chosen, windows.cumsum())
+    places = []
+    for document in np.flatnonzero(corpus.split == TRAIN).tolist():
+        size = len(corpus.ids(document)) + 1
+        if corpus.is_chat[document] and size > max_tokens:
+            raise ValueError(f"document {document + 1} of the corpus, a prompt and its response, "
+                             f"has {size} tokens; raise the limit of {max_tokens} or leave it out")
+        places += [(document, begin) for begin in range(0, size, max_tokens - 1)]
+    return SequenceSet(corpus, max_tokens, np.array(places, np.int64).reshape(-1, 2))
 
 
 def random_indices(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
     """`count` different numbers below `total` (repeated only if there are fewer), by (seed, step,
     retry) alone."""
-    key, counter = [seed % 2**63, 1], [0, step, retry, 0]
-    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    return random.choice(total, count, replace=count > total).tolist()
+    philox = np.random.Philox(key=[seed % 2**63, 1], counter=[0, step, retry, 0])
+    return np.random.Generator(philox).choice(total, count, replace=count > total).tolist()
 
 
 # --------------------------------------------------------------------------------------- templates
 
-_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in ‘\\boxed{{}}’. "
-        "Please reason step by step to find the most probable next token{}, and enclose it in "
-        "\\boxed{{}} ")
-_LIST = ("by predicting the next token, list multiple potential tokens and select the most probable "
-         "one as the final ")
+_ASK = ("Complete the given text under {} by predicting the next token, and wrap it in "
+        "‘\\boxed{{}}’. Please reason step by step to find the most probable next token{}, and "
+        "enclose it in \\boxed{{}} ")
+_LIST = ("by predicting the next token, list multiple potential tokens and select the most "
+         "probable one as the final ")
 _NOTE = (r"(note: the token may begin with a space, e.g., \boxed{ para} or \boxed{ =}; "
          r"do not use \text{})")
 _FENCED = ".\n\n### Context\n```{context}```"
@@ -915,8 +804,8 @@ TEMPLATES = {  # paper, appendix D; the line breaks and v4's worked examples are
 
 def prompt_ids(tokenizer: Tokenizer, question: Question, template: str,
                max_prompt: int) -> list[int]:
-    """The chat-formatted prompt of a question; a context that is too long loses its beginning, never
-    its end.
+    """The chat-formatted prompt of a question; a context that is too long loses its beginning,
+    never its end.
 
     A problem with an answer is a whole text and encoded with what stands around it, as the model's
     users will; the tokens of an unfinished text stay as the document has them.
@@ -929,5 +818,5 @@ def prompt_ids(tokenizer: Tokenizer, question: Question, template: str,
             return ids
     frame = len(tokenizer.chat(TEMPLATES[template], []))
     if frame >= max_prompt:
-        raise ValueError(f"--max-prompt {max_prompt}: template {template} alone takes {frame} tokens")
+        raise ValueError(f"--max-prompt {max_prompt}: template {template} takes {frame} tokens")
     return tokenizer.chat(TEMPLATES[template], question.context[-(max_prompt - frame):])
