@@ -24,8 +24,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -85,10 +84,9 @@ class ModelConfig:
                 "qkv_bias": kind == "qwen2" or bias, "o_bias": kind != "qwen2" and bias,
                 "qk_norm": kind == "qwen3", "rms_norm_eps": hf.get("rms_norm_eps", 1e-6) * 1.0,
                 "dtype": str(hf.get("dtype") or hf.get("torch_dtype") or "float32")}
-            required = {name: hf[name] for name in ("vocab_size", "intermediate_size",
-                                                    "num_hidden_layers", "hidden_size")}
-            given = {field.name: hf[field.name] for field in fields(cls) if field.name in hf}
-            config = cls(**given | required | derived)
+            as_it_is = {field.name: hf[field.name] for field in fields(cls) if field.name in hf
+                        or field.default is MISSING and field.name not in derived}
+            config = cls(**as_it_is | derived)
             config.check()
         except KeyError as missing:
             raise ValueError(f"config.json: the key {missing} is missing") from None
@@ -228,12 +226,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return out.transpose(1, 2).reshape(B, T, heads * d)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Normalisation in float32, rounded, then scaled: the order of the published models."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
@@ -411,18 +405,18 @@ class Continuation:
     def positions(self, width: int) -> Tensor:
         """Where in their texts the tokens stand [B, width]; prepares the mask [B, 1, width, S]."""
         device, lengths = self.rows.device, self.prefix.lengths[self.rows]
-        self.mask = None
+        place, self.mask = torch.arange(width, device=device), None
         if self.padded:
-            before = torch.arange(self.columns, device=device) < lengths[:, None]
-            own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-            parts = before[:, None].expand(-1, width, -1), own.expand(len(before), -1, -1)
-            self.mask = torch.cat(parts, dim=2)[:, None]
-        return lengths[:, None] + torch.arange(width, device=device)
+            column = torch.arange(self.columns + width, device=device)
+            filled = column < lengths[:, None, None, None]
+            own = column <= self.columns + place[:, None]
+            self.mask = torch.where(column < self.columns, filled, own)
+        return lengths[:, None] + place
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        before = (x[layer][:, :, : self.columns][self.rows]
-                  for x in (self.prefix.keys, self.prefix.values))
-        k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v)))
+        before = self.prefix.keys[layer], self.prefix.values[layer]
+        k, v = (torch.cat((prompts[self.rows, :, : self.columns], own), dim=2)
+                for prompts, own in zip(before, (k, v)))
         return attend(q, k, v, self.mask)
 
 
@@ -539,13 +533,12 @@ def indexed_files(directory: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{index}: weight_map is missing or malformed")
-    files = [directory / name for name in sorted(set(names.values()))]
-    for file in files:
-        if file.parent != directory or file.name in ("", ".."):
-            raise ValueError(f"{index}: names {file.name!r}, which is outside {directory}")
-        if not file.is_file():
-            raise FileNotFoundError(f"{index}: names {file.name}, which does not exist")
-    return files
+    for name in set(names.values()):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: names {name!r}, which is outside {directory}")
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{index}: names {name!r}, which does not exist")
+    return [directory / name for name in sorted(set(names.values()))]
 
 
 def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -573,7 +566,7 @@ def read_config(directory: Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(directory / "config.json"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's warning that a program of one process has no process group."""
     with warnings.catch_warnings():
@@ -628,7 +621,7 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
     state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     files, filled = {}, 0
     for name, tensor in state.items():
-        filled += tensor.numel() * tensor.element_size()
+        filled += tensor.nbytes
         files[name] = 1 + filled // FILE_BYTES
     sharded = any(hasattr(tensor, "full_tensor") for tensor in state.values())
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files,
