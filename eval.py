@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields, replace
-from itertools import dropwhile, islice
+from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple, TextIO
@@ -101,8 +101,8 @@ def measure_entropy(load: Callable[[], Transformer], corpus: Corpus, file: Path,
     """The entropies in `file`, which is measured first if it is not there or of a wrong length.
 
     One process holds the lock, and looks only then. What it measures is written beside the file, in
-    the order of the corpus, so an interrupted pass goes on behind the last whole window; it takes
-    the file's name when it is complete. nan where no token precedes.
+    the order of the corpus, so an interrupted pass goes on where it was, and it takes the file's
+    name when it is complete. nan where no token precedes.
     """
     first, part = rank_and_world()[0] == 0, file.with_suffix(".part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +128,16 @@ def locked(lock: TextIO) -> bool:
 
 
 def entropy_pass(model: Transformer, corpus: Corpus, part: Path, window: int) -> None:
-    """Writes the entropies that `part` lacks, some windows at a time."""
+    """Writes the entropies that `part` lacks, some windows at a time: after an interruption the same
+    ones, so that they round alike."""
     done = all_gather(part.stat().st_size // 4 if part.exists() else 0)[0]
     done = done if done <= len(corpus.tokens) else 0
     (rank, world), every = rank_and_world(), windows(corpus, range(len(corpus.starts) - 1), window)
-    waiting = dropwhile(lambda piece: piece.end <= done, every)
     with tqdm(total=len(corpus.tokens), initial=done, unit="tok", unit_scale=True, desc="entropy",
               disable=rank > 0) as bar:
-        while pieces := list(islice(waiting, PART_WINDOWS * world)):
+        while pieces := list(islice(every, PART_WINDOWS * world)):
+            if pieces[-1].end <= done:
+                continue
             values = window_values(model, corpus, pieces, next_token_entropy, bar)
             if rank == 0:
                 with open(part, "r+b" if part.exists() else "wb") as out:
