@@ -107,11 +107,9 @@ class Tokenizer:
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(spec | bare | plain))
         self.adds_space = bare != steps
-        # What has a space of its own gets none, but for the normalizer "Prepend"; what follows a
+        # A text with a space of its own gets none, but from the normalizer "Prepend"; what follows a
         # special token begins a text too, but for Metaspace's scheme "first".
-        self._spaces = () if '"Prepend"' in written else (" ", "\n", "\t", "\r")
-        if '"Metaspace"' in written:
-            self._spaces = " "
+        self._has_space = () if '"Prepend"' in written else " "
         self._first_only = '"prepend_scheme": "first"' in written
 
         vocabulary = spec["model"]["vocab"]
@@ -161,7 +159,7 @@ class Tokenizer:
 
     def _begin(self, text: str) -> str:
         """A text as the model was trained to read it from its beginning."""
-        is_bare = self.adds_space and text and not text.startswith(self._spaces)
+        is_bare = self.adds_space and text and not text.startswith(self._has_space)
         return " " + text if is_bare else text
 
     def encode(self, text: str) -> list[int]:
@@ -209,12 +207,11 @@ class Tokenizer:
             if piece in self.special:
                 ids.append(self.special[piece])
                 continue
-            piece = piece.replace("\0", prompt)
-            before, after = piece, None
-            if context is not None and "{context}" in piece:
-                before, after = piece.split("{context}")
+            before, found, after = piece.replace("\0", prompt), "", ""
+            if context is not None:
+                before, found, after = before.partition("{context}")
             ids += self.encode_inside(before if ids and self._first_only else self._begin(before))
-            if after is not None:
+            if found:
                 ids += [*context, *self.encode_inside(after)]
         return ids
 
@@ -446,18 +443,17 @@ def split_documents(texts: Callable[[], Iterable[str]], holdout: int, seed: int)
     keys = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts()]
     split = np.full(len(keys), TRAIN, np.int8)
     split[sorted(range(len(keys)), key=keys.__getitem__)[:holdout]] = HELD_OUT
-    sizes, owners = {}, defaultdict(list)  # of held-out documents; by run
-    for document, text in enumerate(texts()):
-        if split[document] == HELD_OUT:
-            runs = _word_runs(text)
-            sizes[document] = len(runs)
-            for run in runs:
-                owners[run].append(document)
-    for document, text in enumerate(texts() if sizes else ()):
+    held = {document: _word_runs(text) for document, text in enumerate(texts())
+            if split[document] == HELD_OUT}
+    owners = defaultdict(list)  # the held-out documents that a run occurs in
+    for document, runs in held.items():
+        for run in runs:
+            owners[run].append(document)
+    for document, text in enumerate(texts() if held else ()):
         if split[document] == TRAIN:
             runs = _word_runs(text)
-            shared = Counter(held for run in runs & owners.keys() for held in owners[run])
-            if any(2 * both >= min(len(runs), sizes[held]) for held, both in shared.items()):
+            shared = Counter(other for run in runs & owners.keys() for other in owners[run])
+            if any(2 * both >= min(len(runs), len(held[n])) for n, both in shared.items()):
                 split[document] = DROPPED
     return split
 
