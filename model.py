@@ -199,9 +199,10 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor,
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x [B, heads, T, head_dim].
 
-    Channel i turns with channel i + head_dim / 2; the first half of `sin` is negated.
+    Channel i turns with channel i + head_dim / 2; the first half of `sin` is negated. Both products
+    are rounded, as in the published models: addcmul would round once, which shows in bfloat16.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
