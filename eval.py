@@ -522,25 +522,34 @@ def majority_vote(predictions: Sequence[bytes | None]) -> bytes | None:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Asked:
+    """What models are asked, in training and afterwards."""
+
+    corpus: str = option("", ".jsonl, .jsonl.gz or .txt, a folder of them, or a data set's hub id; "
+                             "rows of text, problem and solution, problem and answer (rlvr), "
+                             "prompt and response (ntp)")
+    answers: str = option("", "rows of problem and answer, asked before and after a run or here")
+    choices: str = option("", "multiple choice: rows of question, options, answer_index; likewise")
+    proxy: str = option("", "model whose entropy selects positions (default: the model itself)")
+    region: str = option("all", "ask everywhere, or only behind the problem of a document",
+                         choices=("all", "solution"))
+    min_context: int = option(1, "tokens that precede a question, at least", at_least=1)
+    max_context: int = option(0, "and at most; 0: any number", at_least=0)
+    holdout: int = option(200, "documents never trained on", at_least=0)
+    seed: int = option(0, "decides the order of the data and every sampled token", at_least=0)
+    dtype: str = option("float32", "of the computation", choices=("float32", "bfloat16"))
+    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
+    cache: str = option("", "folder of tokenised corpora and entropies (default: beside the run)")
+
+
+@dataclass(frozen=True)
+class Measure(Asked):
     """What is measured on a model, beside the method."""
 
-    corpus: str = option("", "as in train.py")
-    answers: str = option("", "questions with answers instead: rows of problem and answer")
-    choices: str = option("", "multiple choice instead: rows of question, options, answer_index")
     perplexity: bool = option(False, "perplexity of the held-out documents instead")
-    proxy: str = option("", "model whose entropy makes the splits; by default the model itself")
-    region: str = option("all", "where to ask", choices=("all", "solution"))
-    min_context: int = option(1, "tokens before a question, at least", at_least=1)
-    max_context: int = option(0, "and at most; 0: any number", at_least=0)
-    holdout: int = option(200, "documents to ask about", at_least=1)
     questions: int = option(500, "questions that are asked", at_least=1)
     samples: int = option(1, "responses to each; above 1 also pass@k and majority", at_least=1)
-    seed: int = option(0, "of the choice of questions and of everything sampled", at_least=0)
-    dtype: str = option("float32", "of the computation", choices=DTYPES)
-    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
     out: str = option("", "file for the records, a JSON line each")
-    cache: str = option("runs/cache", "folder of tokens and entropies; a run has its own")
 
 
 METHOD = [field for field in fields(Method) if field.name in (
@@ -613,6 +622,7 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> str:
     check_vocabulary(tokenizer, config.vocab_size, source)
     check_length(config, method.max_prompt + method.max_response, f"{source}: prompt and response")
     how = choose_device(options.device), DTYPES[options.dtype]
+    cache = Path(options.cache or "runs/cache")
     ask, title = evaluate, "questions with answers"
     if options.choices:
         ask, title, questions = multiple_choice, "multiple choice", read_choices(options.choices)
@@ -625,14 +635,14 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> str:
         train, questions, _ = answer_sets(options.corpus, tokenizer, run["holdout"], run["seed"])
         check_corpus(run, fingerprint(*((q.context, q.answer) for q in (*train, *questions))))
     else:
-        corpus = load_corpus(options.corpus, tokenizer, options.cache,
+        corpus = load_corpus(options.corpus, tokenizer, cache,
                              # of a run never others: it was trained on them
                              run.get("holdout", options.holdout), run.get("seed", options.seed))
         check_corpus(run, corpus.fingerprint)
         if options.perplexity:
             found = perplexity(load_pretrained(source, *how), corpus, method.max_prompt)
             return f"{folder.name}: perplexity of held-out documents {found}"
-        proxy = Proxy(options.proxy or source, Path(options.cache), method.max_prompt, *how)
+        proxy = Proxy(options.proxy or source, cache, method.max_prompt, *how)
         where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
                                region=options.region)
         title, (_, questions, _) = "next-token accuracy", question_sets(corpus, proxy, where)

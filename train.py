@@ -40,7 +40,7 @@ import eval as evaluation
 import rpt
 from data import PositionFilter, Question, Tokenizer, check_vocabulary, fingerprint
 from model import (DTYPES, Transformer, all_gather, all_sum, choose_device, forward_flops,
-                   load_weights, rank_and_world, read_config, resolve, save_pretrained)
+                   load_weights, rank_and_world, read_config, read_json, resolve, save_pretrained)
 from reward import REWARDS, extract_prediction
 from rpt import Group, Method, Policy, Response, accumulate, option, optimizer_step
 
@@ -50,7 +50,7 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(evaluation.Asked):
     """Everything about a run that is not the method itself."""
 
     recipe: str = option("", "defaults for all other options; without one `toy`, or `small` where "
@@ -58,13 +58,7 @@ class Run:
     stage: str = option("rpt", "RPT, next-token prediction, or RL with verifiable rewards",
                         choices=("rpt", "ntp", "rlvr"))
     model: str = option("", "model directory or hub id to start from")
-    corpus: str = option("", ".jsonl, .jsonl.gz or .txt, a folder of them, or a data set's hub id; "
-                             "rows of text, problem and solution, problem and answer (rlvr), "
-                             "prompt and response (ntp)")
-    proxy: str = option("", "model whose entropy selects positions (default: --model)")
     out: str = option("", "folder of the run (default: runs/RECIPE)")
-    cache: str = option("", "folder for tokenised corpora and entropies (default: beside --out)")
-    seed: int = option(0, "decides the order of the data and every sampled token", at_least=0)
     steps: int = option(100, "optimizer steps", at_least=1)
     reward: str = option("prefix", "reward function, by its name in reward.py", choices=REWARDS)
     filter: str = option("threshold", "which positions are asked about: entropy above a threshold, "
@@ -72,11 +66,6 @@ class Run:
                          choices=("threshold", "top", "random"))
     filter_value: float = option(0.5, "threshold: nats; top, random: share of the positions",
                                  at_least=0)
-    min_context: int = option(1, "tokens that precede a question, at least", at_least=1)
-    max_context: int = option(0, "and at most; 0: any number", at_least=0)
-    region: str = option("all", "ask everywhere, or only behind the problem of a document",
-                         choices=("all", "solution"))
-    holdout: int = option(200, "documents never trained on", at_least=0)
     lr: float = option(1e-6, "AdamW's learning rate", above=0, at_most=1)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, at_most=0.99999)
@@ -84,12 +73,8 @@ class Run:
                                 "and after", at_least=0)
     eval_questions: int = option(500, "held-out questions of an evaluation; 0: none at all",
                                  at_least=0)
-    answers: str = option("", "problems and answers that are asked before and after, see eval.py")
-    choices: str = option("", "multiple-choice questions that are asked before and after")
     save_every: int = option(20, "steps between checkpoints", at_least=1)
     keep: int = option(2, "newest checkpoints kept", at_least=1)
-    dtype: str = option("float32", "of the computation", choices=("float32", "bfloat16"))
-    device: str = option("", "cpu or cuda (also for ROCm); default: the accelerator if any")
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all", at_least=0)
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks, compute the rest "
                                                  "again")
@@ -268,17 +253,22 @@ def checkpoints(path: Path) -> list[Path]:
     return sorted(path.glob("checkpoints/step-*"), key=step_of)
 
 
+def begun(path: Path) -> bool:
+    """A run has finished a step here, even if its checkpoint was found damaged and set aside."""
+    return any(path.glob("checkpoints/*step-*"))
+
+
 def belongs_elsewhere(path: Path, options: dict, inputs: dict[str, str]) -> str | None:
     """Why a run's folder cannot be gone on with, or None. Without a finished step it is free."""
     file = path / "run.json"
-    if not file.exists() or not checkpoints(path):
+    if not file.exists() or not begun(path):
         return None
-    before = json.loads(file.read_text())
+    before = read_json(file)
     changed = [f"{name} was {before.get(name)!r}, now {value!r}"
                for name, value in sorted(options.items())
                if before.get(name) != value and name not in FREE]
     changed += [f"the content of the {name} is another one" for name, value in inputs.items()
-                if before["inputs"].get(name) != value]
+                if before.get("inputs", {}).get(name) != value]
     if changed:
         return (f"{path} belongs to another configuration ({', '.join(changed)}); "
                 "choose another --out or delete it")
@@ -340,13 +330,15 @@ class RunFolder(contextlib.ExitStack):
         write_json(self.path / "run.json", options | {"inputs": inputs})
 
     def log(self, name: str, *rows: dict | None) -> None:
-        """Appends rows to a log (first process only)."""
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows if row]
+        """Appends rows to a log (first process only); what is not finite is left out."""
+        finite = [{name: value for name, value in row.items()
+                   if not isinstance(value, float) or math.isfinite(value)} for row in rows if row]
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in finite]
         if self.rank == 0 and lines:
             with open(self.path / name, "a") as out:
                 out.write("".join(lines))
 
-    def save(self, step: int, keep: int, strikes: int, state: Callable[[], dict]) -> None:
+    def save(self, step: int, keep: int, patience: dict, state: Callable[[], dict]) -> None:
         """A checkpoint of `state()` after `step` steps; the newest `keep` stay."""
         import torch.distributed.checkpoint as dcp
         with replacing(self.path / "checkpoints" / f"step-{step:06d}") as aside:
@@ -354,7 +346,7 @@ class RunFolder(contextlib.ExitStack):
             mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] * (self.rank == 0))]
             parts = all_gather({file.name: file_digest(file) for file in mine})
             if self.rank == 0:
-                about = {"step": step, "strikes": strikes, "logs": {}, "files": ChainMap(*parts)}
+                about = {"step": step, "patience": patience, "logs": {}, "files": ChainMap(*parts)}
                 for name in self.LOGS:
                     with open(self.path / name, "ab") as log:
                         os.fsync(log.fileno())
@@ -363,13 +355,13 @@ class RunFolder(contextlib.ExitStack):
         for old in checkpoints(self.path)[:-keep] if self.rank == 0 else []:
             shutil.rmtree(old)
 
-    def resume(self, load: Callable[[Path], None]) -> tuple[int, int]:
-        """Loads the newest intact checkpoint and cuts the logs to it; (steps done, strikes).
+    def resume(self, load: Callable[[Path], None]) -> tuple[int, dict]:
+        """Loads the newest intact checkpoint and cuts the logs to it; (steps done, patience).
 
         A damaged one is set aside, under another name. ValueError if there are checkpoints and none
         is intact: to begin again would lose what the logs say.
         """
-        places, about = checkpoints(self.path), {"step": 0, "strikes": 0, "logs": {}}
+        places, about = checkpoints(self.path), {"step": 0, "patience": {}, "logs": {}}
         all_gather(None)  # everyone has looked
         for place in reversed(places):
             if problem := next(filter(None, all_gather(self._damage(place))), None):
@@ -382,14 +374,14 @@ class RunFolder(contextlib.ExitStack):
             print0(f"{self.path}: going on after step {about['step']}")
             break
         else:
-            if places:
+            if begun(self.path):
                 raise ValueError(f"{self.path}/checkpoints: no checkpoint is intact; mend one, or "
                                  "choose another --out")
         for name in self.LOGS if self.rank == 0 else ():
             with open(self.path / name, "ab") as log:
                 log.truncate(min(log.tell(), about["logs"].get(name, 0)))
         all_gather(None)
-        return about["step"], about["strikes"]
+        return about["step"], about["patience"]
 
     def _damage(self, place: Path) -> str | None:
         """What is wrong with a checkpoint's files; each process reads its share."""
@@ -515,8 +507,7 @@ def rollout_rows(step: int, groups: Sequence[Group], policy: Policy, limit: int)
             said = {"response": text(response), "reward": reward, "advantage": advantage,
                     "prediction": text(extract_prediction(response)) if c.finished else None,
                     "finished": c.finished, "tokens": len(c.ids)}
-            rows.append({name: value for name, value in (about | said).items()
-                         if not isinstance(value, float) or math.isfinite(value)})
+            rows.append(about | said)
     rows = [row for part in all_gather(rows) for row in part]
     rows = [row for row in rows if limit < 0 or row["question"][1] < limit]
     return sorted(rows, key=lambda row: row["question"])
@@ -527,7 +518,7 @@ def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> Non
     for row in rows[: run.show or int(step in (0, run.steps - 1))]:
         print0(f"step {step}, a rollout:\n  ...{row['context'][-160:]!r}\n"
                f"  response {row['response']!r}\n  truth {row['truth']!r}, reward "
-               f"{row.get('reward')}, advantage {row.get('advantage')}, {row['tokens']} tokens")
+               f"{row['reward']}, advantage {row['advantage']}, {row['tokens']} tokens")
     figures = metrics | metrics["time"]
     names = ("reward", "accuracy", "length", "loss", "grad_norm", "decode_tokens_per_s",
              "train_tokens_per_s")
@@ -539,9 +530,9 @@ def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> Non
 class Patience:
     """Ends a run whose numbers are not finite, and says once that steps teach nothing."""
 
-    def __init__(self, strikes: int):
+    def __init__(self, strikes: int = 0, idle: int = 0):
         self.strikes = strikes  # steps in a row that were skipped
-        self.idle = 0  # steps in a row without an informative group
+        self.idle = idle  # steps in a row without an informative group
 
     def see(self, step: int, metrics: dict) -> None:
         """FloatingPointError after STRIKES skipped steps in a row; a warning joins the metrics."""
@@ -609,10 +600,10 @@ def train(setup: Setup, inputs: dict[str, str], one_step: Callable,
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr,
                                       betas=(0.9, run.beta2), weight_decay=run.weight_decay)
         trained = policy.model, optimizer, extra(policy) if extra else {}
-        begin, strikes = folder.resume(lambda place: load_state(place, *trained))
+        begin, seen = folder.resume(lambda place: load_state(place, *trained))
         if begin == 0:
             folder.log("evals.jsonl", evaluate(policy, 0))
-        patience = Patience(strikes)
+        patience = Patience(**seen)
         bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step",
                    disable=folder.rank > 0, mininterval=0.5)
         for step in range(begin, run.steps):
@@ -626,7 +617,7 @@ def train(setup: Setup, inputs: dict[str, str], one_step: Callable,
             show(run, step, rows, metrics, bar)
             stopping = max(all_gather(max(requests, default=0)))
             if stopping or done == run.steps or done % run.save_every == 0:
-                folder.save(done, run.keep, patience.strikes, lambda: training_state(*trained))
+                folder.save(done, run.keep, vars(patience), lambda: training_state(*trained))
             if stopping and done < run.steps:
                 print0(f"stopped by {signal.Signals(stopping).name} after step {step}; "
                        "the same command goes on from there")
