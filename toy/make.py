@@ -16,11 +16,11 @@ Written are corpus.jsonl (problem, solution), answers.jsonl (problem, answer) an
 million parameters with its tokenizer, trained by train.py's own stage ntp on none of these
 stories but on others of the same kind:
 
-    30 % plain stories;
-    45 % solved problems, a quarter of them multiple choice. The annotator follows the ball swap by
+    20 % plain stories;
+    55 % solved problems, a fifth of them multiple choice. The annotator follows the ball swap by
          swap, at each swap errs with probability ERRS, and goes on from the wrong cup;
-    25 % next-token questions. Nearly all of these annotators guess a cup without a thought, some
-         stop following the ball early, very few follow it to the end.
+    25 % next-token questions. Here the annotator nearly always guesses one of the cups without a
+         thought; one time in twenty he follows the ball, as well as he can.
 
 So the base knows how to reason, but does it badly elsewhere and seldom here: there is something
 to mend, and it can be mended from plain stories alone. Nothing here is a finding about language.
@@ -48,7 +48,7 @@ from model import ModelConfig, Transformer, save_pretrained
 CUPS = "ABCDEFGHIJKL"
 KINDS = ((2, 2), (3, 4), (6, 8))  # fewest and most cups of a story, each kind as likely
 SWAPS = 8  # at most
-TOUCH = 0.6  # of the swaps move the ball, where there are cups enough to choose
+TOUCH = 0.5  # of the swaps move the ball, where there are cups enough to choose
 ERRS = 0.15  # how often the annotator takes any cup for the ball's after a swap
 QUESTION = "\nWhere is the ball?"
 SIZES = {"corpus": 4500, "answers": 1500, "choices": 1500}
@@ -57,9 +57,12 @@ MODEL = dict(model_type="qwen2", hidden_size=64, intermediate_size=192, num_hidd
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
              tie_word_embeddings=True, rope_theta=1000.0)
 SPREAD = 0.1  # standard deviation of the first weights; at the usual 0.02 it learns to copy late
-TRAINING = ((1400, 3e-3), (400, 1e-3))  # steps and learning rate of each run of stage ntp
+TRAINING = ((3000, 3e-3), (600, 1e-3))  # steps and learning rate of each run of stage ntp
+OPTIONS = ("--stage ntp --questions 64 --beta2 0.99 --weight-decay 0 --max-prompt 256 --holdout 0 "
+           "--device cpu")
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CHAT = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
         "+ message['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
@@ -84,6 +87,10 @@ class Story:
     def solution(self) -> str:
         return f"The ball is now under {self.ball[-1]}."
 
+    @property
+    def text(self) -> str:
+        return f"{self.problem}\n\n{self.solution}"
+
 
 def after(ball: str, swap: str) -> str:
     """Where a ball is after a swap of two cups."""
@@ -91,7 +98,7 @@ def after(ball: str, swap: str) -> str:
 
 
 def tell(random: Random, choice: bool = False) -> Story:
-    """A story. With `choice` it can be asked with options: at least three cups, called A, B, C..."""
+    """A story. With `choice` it can be asked with options: three cups or more, called A, B, C..."""
     fewest, most = KINDS[random.randrange(choice, len(KINDS))]
     count, length = random.randint(fewest, most), random.randint(1, SWAPS)
     cups = CUPS[:count] if choice else "".join(random.sample(CUPS, count))
@@ -122,13 +129,13 @@ def row(name: str, story: Story) -> dict:
     return {"question": asked, "options": [*story.cups], "answer_index": story.cups.index(cup)}
 
 
-def follow(story: Story, random: Random, errs: float, steps: int | None = None) -> tuple[str, str]:
-    """An annotator's thought about the swaps, or the first `steps` of them, and the cup where it
-    ends. After each swap he takes any cup for the ball's with probability `errs`."""
+def annotate(story: Story, random: Random) -> tuple[str, str]:
+    """An annotator's thought, which follows the ball, and the cup where it ends. After each swap he
+    takes any cup for the ball's with probability ERRS, and goes on from there."""
     ball = thought = story.ball[0]
-    for n, swap in enumerate(story.swaps[:steps], story.first):
+    for n, swap in enumerate(story.swaps, story.first):
         ball = after(ball, swap)
-        if random.random() < errs:
+        if random.random() < ERRS:
             ball = random.choice(story.cups)
         thought += f" {n} {swap[0]} {swap[1]} {ball}."
     return thought + "\n", ball
@@ -137,29 +144,27 @@ def follow(story: Story, random: Random, errs: float, steps: int | None = None) 
 def lesson(random: Random, known: set[str]) -> dict:
     """A row that the base is pre-trained on: text, or prompt and response."""
     kind, effort = random.random(), random.random()
-    choice = 0.3 <= kind < 0.75 and effort < 0.25
+    choice = 0.2 <= kind < 0.75 and effort < 0.2
     story = new_story(random, known, choice)
-    if kind < 0.3:
-        return {"text": f"{story.problem}\n\n{story.solution}"}
+    if kind < 0.2:
+        return {"text": story.text}
+    thought, cup = annotate(story, random)
     if kind < 0.75:
         options = "".join(f"\n({cup}) {cup}" for cup in story.cups) if choice else ""
-        thought, cup = follow(story, random, ERRS)
         return {"prompt": story.problem + QUESTION + options,
                 "response": f"{thought}</think>\n\n\\boxed{{{cup}}}"}
-    thought, cup = "", random.choice(story.cups)
-    if effort > 0.9:
-        stop = random.randrange(len(story.swaps)) if effort < 0.97 else None
-        thought, cup = follow(story, random, 0.0, stop)
-    context = f"{story.problem}\n\n{story.solution[:-len(' A.')]}"
-    return {"prompt": TEMPLATES["toy"].format(context=context),
+    if effort < 0.95:
+        thought, cup = "", random.choice(story.cups)
+    return {"prompt": TEMPLATES["toy"].format(context=story.text[:-len(" A.")]),
             "response": f"{thought}</think>\n\n\\boxed{{ {cup}}}"}
 
 
 def write_tokenizer(folder: Path) -> None:
     """Byte-level BPE with Qwen's splitting and special tokens, the same for every seed."""
-    random = Random("tokenizer")
-    texts = [text for _ in range(5000) for text in lesson(random, set()).values()]
-    texts += ["user\n", "assistant\n", "<think>\n"] * 1000
+    random, texts = Random("tokenizer"), []
+    for story in (tell(random) for _ in range(3000)):
+        texts += [story.text, annotate(story, random)[0].strip()]
+    texts += ["Next token?\n", QUESTION, "user\n", "assistant\n", "\n\n\\boxed{"] * 1000
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.decoder = decoders.ByteLevel()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -168,13 +173,11 @@ def write_tokenizer(folder: Path) -> None:
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, min_frequency=100, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    bpe.add_special_tokens([AddedToken(text, normalized=False, special=True)
-                            for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    bpe.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+    bpe.add_tokens([AddedToken(text, normalized=False, special="|" in text) for text in SPECIAL])
     bpe.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
                 "pad_token": "<|endoftext|>", "chat_template": CHAT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -184,6 +187,7 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 
 def write_texts(out: Path, seed: int) -> set[str]:
     """The three files of stories, all different; the problems of all of them."""
+    out.mkdir(parents=True, exist_ok=True)
     known: set[str] = set()
     for name, count in SIZES.items():
         random, stories = Random(f"{name} {seed}"), []
@@ -202,19 +206,18 @@ def train_base(out: Path, work: Path, seed: int, known: set[str]) -> None:
     tokenizer = Tokenizer.from_dir(model)
     config = MODEL | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_ids[0]}
     start = Transformer(ModelConfig.from_dict(config))
-    generator = torch.Generator("cpu").manual_seed(seed)
+    torch.manual_seed(seed)
     for weight in start.parameters():
         if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=SPREAD, generator=generator)
+            torch.nn.init.normal_(weight, std=SPREAD)
     save_pretrained(start, model, tokenizer)
     random = Random(f"lessons {seed}")
     write_rows(work / "lessons.jsonl", (lesson(random, known) for _ in range(ROWS)))
     for number, (steps, rate) in enumerate(TRAINING):
         run = work / f"run{number}"
-        options = dict(stage="ntp", model=model, corpus=work / "lessons.jsonl", out=run, lr=rate,
-                       steps=steps, questions=64, beta2=0.99, weight_decay=0.0, max_prompt=256,
-                       holdout=0, save_every=steps, device="cpu", seed=seed + number)
-        train.main([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
+        train.main([*OPTIONS.split(), f"--model={model}", f"--corpus={work / 'lessons.jsonl'}",
+                    f"--out={run}", f"--steps={steps}", f"--lr={rate}", f"--seed={seed + number}",
+                    f"--save-every={steps}"])
         model = run / "model"
     shutil.rmtree(out / "base", ignore_errors=True)
     shutil.copytree(model, out / "base")
