@@ -1,35 +1,48 @@
-"""Speed and memory, beside transformers and TRL where they can be imported. No test asserts any of it.
+"""Speed and memory, beside transformers and TRL where they can be imported. No test asserts any of
+it.
 
-    python tests/bench.py [--only rollout accelerator decode ...] [--quick] [--json FILE]
+    python tests/bench.py [--only rollout update corpus ...] [--quick] [--json FILE]
 
-Whatever is compared is measured in one run, in turns, after one turn that does not count; figures are medians, and
-only their ratios mean anything on a machine that others use. Same weights (through save_pretrained), prompts, dtype
-and threads on both sides. Peak memory is that of a fresh process above what it held before the work (VmHWM: Linux).
+Whatever is compared is measured in one run, in turns, after one turn that does not count; figures
+are medians, and only their ratios mean anything on a machine that others use. Same weights (through
+save_pretrained), prompts, dtype and threads on both sides. Peak memory is that of a fresh process
+above what it held before the work (VmHWM, or RssAnon where files are mapped: Linux). `corpus` needs
+RPT_TEST_ASSETS, a folder with data/omni_math_rule.jsonl and tokenizers/deepseek_r1_distill_qwen.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from model import ModelConfig, Transformer, read_config  # noqa: E402
-from rpt import Group, Method, completion_logprobs, group_advantages, token_logprobs, update  # noqa: E402
-from sampler import Completion, _Batch, generate, prefill  # noqa: E402
-from tests.rivals import in_transformers, trl_steps, trl_trainer  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import rpt  # noqa: E402
+from model import ModelConfig, PrefixCache, Transformer, read_config  # noqa: E402
+from rpt import Group, Method, Response, accumulate, token_logprobs  # noqa: E402
+from sampler import Batch, Completion, Job, Sampling, generate, last_hidden, pad  # noqa: E402
+from tests.rivals import in_transformers, trl_steps, trl_trainer, versions  # noqa: E402
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
-         "max_position_embeddings": 4096}
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "tie_word_embeddings": False, "max_position_embeddings": 4096}
 PROMPTS, GROUP, NEW = 8, 8, 128
+MEAN, LIMIT = 64, 512  # of ragged completions: an end after each token with probability 1 / MEAN
 LEARNING_RATE = 1e-5
 
 
@@ -40,7 +53,9 @@ def policy(**shape) -> Transformer:
 
 
 def questions(count: int, length: int, vocabulary: int = SHAPE["vocab_size"]) -> list[list[int]]:
-    return torch.randint(vocabulary, (count, length), generator=torch.Generator("cpu").manual_seed(1)).tolist()
+    """Random prompts, the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(vocabulary, (count, length), generator=generator).tolist()
 
 
 def in_turns(repeats: int, **candidates: Callable[[], object]) -> dict[str, float]:
@@ -55,52 +70,79 @@ def in_turns(repeats: int, **candidates: Callable[[], object]) -> dict[str, floa
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def ours(model: Transformer, prompts: list[list[int]], samples: int = GROUP, new: int = NEW, **more) -> int:
+def ours(model: Transformer, prompts: list[list[int]], samples: int = GROUP, new: int = NEW,
+         **more) -> int:
     """Samples; returns how many tokens."""
     out = generate(model, prompts, samples=samples, max_new_tokens=new, **{"eos_ids": []} | more)
     return sum(len(c.ids) for group in out for c in group)
 
 
-def child(work: str, *arguments: object, command: Sequence[str] = (sys.executable,)) -> dict:
+def child(work: str, *arguments: object) -> dict:
     """What a measurement in a process of its own prints last."""
-    run = subprocess.run([*command, __file__, "--child", work, *map(str, arguments)], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{work} {arguments} failed:\n{run.stderr[-2000:]}")
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    command = [sys.executable, __file__, "--child", work, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{work} {arguments} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def memory(name: str) -> float:
+    """MiB of this process, by a name of /proc/self/status."""
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return int(status[name].split()[0]) / 1024
 
 
 def peak(work: Callable[[], object], warm_up: Callable[[], object]) -> dict:
     """MiB by which `work` raises the highest memory of this process, and its seconds."""
-    def highest() -> float:  # not ru_maxrss, which begins with what the parent process had
-        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-        return int(status["VmHWM"].split()[0]) / 1024
-
     warm_up()
-    before, begin = highest(), time.perf_counter()
-    result = work()
-    return {"seconds": time.perf_counter() - begin, "mib": highest() - before, "result": result}
+    before, begin = memory("VmHWM"), time.perf_counter()  # not ru_maxrss, which begins with the
+    result = work()                                       # parent's
+    return {"seconds": time.perf_counter() - begin, "mib": memory("VmHWM") - before,
+            "result": result}
 
 
-# ---------------------------------------------------------------------------------------------- rollout and decode
+def flat_gradient(model: Transformer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative, in norm."""
+    return float((a - b).norm() / b.norm())
+
+
+# -------------------------------------------------------------------------- rollout and decode
 
 
 def rollout(quick: bool) -> dict[str, float]:
     """Tokens per second of sampling: 8 prompts x 8 samples of 128 tokens, and 1 x 1."""
-    return sampling(policy(), ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256)), 1 if quick else 3)
+    cases = ((PROMPTS, GROUP, 256), (PROMPTS, GROUP, 1024), (1, 1, 256))
+    return sampling(policy(), cases, 1 if quick else 3)
 
 
 def accelerator(quick: bool) -> dict[str, float]:
-    """The same on an accelerator: 1.5 B random weights in bfloat16, R1-Distill-Qwen's shape."""
+    """Sampling and training on an accelerator: 1.5 B random weights in bfloat16, R1's shape."""
     if not torch.accelerator.is_available():
         return {"accelerators": 0}
     device = torch.accelerator.current_accelerator()
-    config = Path(__file__).resolve().parent.parent / "paper" / "configs" / "r1-distill-qwen-1.5b"
     with device:
-        model = Transformer(read_config(config)).bfloat16()
-    return sampling(model, ((1, 1, 512), (8, GROUP, 512), (32, GROUP, 512), (32, GROUP, 1024)), 1 if quick else 3)
+        model = Transformer(read_config(ROOT / "paper/configs/r1-distill-qwen-1.5b")).bfloat16()
+    groups = ragged_groups(32, (300, 700), 500, 2048)
+    tokens = sum(len(c.ids) for group in groups for c in group.completions)
+    method = Method(micro_tokens=16384 if quick else 32768, grad_clip=1.0)
+    examples = rpt.policy_examples(groups, method, tokens, len(groups) * GROUP)
+
+    def training() -> None:
+        accumulate(model, examples, method)
+        torch.accelerator.synchronize()
+    seconds = in_turns(1, training=training)["training"]
+    model.zero_grad()
+    cases = ((1, 1, 512), (8, GROUP, 512), (32, GROUP, 512), (32, GROUP, 1024))
+    return {"training: tokens/s": tokens / seconds} | sampling(model, cases, 1 if quick else 3)
 
 
-def sampling(model: Transformer, cases: Sequence[tuple[int, int, int]], repeats: int) -> dict[str, float]:
+def sampling(model: Transformer, cases: Sequence[tuple[int, int, int]],
+             repeats: int) -> dict[str, float]:
     """Tokens per second, ours and transformers', of (prompts, samples, length of a prompt)."""
     rival, table = in_transformers(model), {}
     for count, samples, length in cases:
@@ -109,32 +151,19 @@ def sampling(model: Transformer, cases: Sequence[tuple[int, int, int]], repeats:
         if rival is not None:
             ids = torch.tensor(prompts, device=rival.device)
             work["transformers"] = lambda: rival.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                min_new_tokens=NEW, max_new_tokens=NEW, num_return_sequences=samples, pad_token_id=0)
-        name = f"prompt {length}, {count} x {samples}"
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
+                temperature=1.0, min_new_tokens=NEW, max_new_tokens=NEW,
+                num_return_sequences=samples, pad_token_id=0)
+        name, rates = f"prompt {length}, {count} x {samples}", {}
         for who, seconds in in_turns(repeats, **work).items():
-            table[f"{name}: {who}, tokens/s"] = count * samples * NEW / seconds
+            rates[who] = table[f"{name}: {who}, tokens/s"] = count * samples * NEW / seconds
         if rival is not None:
-            table[f"{name}: ours / transformers"] = (
-                table[f"{name}: ours, tokens/s"] / table[f"{name}: transformers, tokens/s"])
-    return table
-
-
-@torch.no_grad()
-def prefix(quick: bool) -> dict[str, float]:
-    """Computing 8 prompts that share their beginning, against 8 that share nothing: how many times as fast."""
-    model, table = policy(), {}
-    for length, common in ((256, 128), (256, 230), (1024, 512), (1024, 960)):
-        first, *rest = questions(8, length)
-        prompts = {"apart": [first, *rest], "alike": [first, *(first[:common] + run[common:] for run in rest)]}
-        seconds = in_turns(1 if quick else 5, **{name: lambda runs=runs: list(prefill(model, runs))
-                                                 for name, runs in prompts.items()})
-        table[f"{common} of {length} tokens in common: apart / alike"] = seconds["apart"] / seconds["alike"]
+            table[f"{name}: ours / transformers"] = rates["ours"] / rates["transformers"]
     return table
 
 
 def products(model: Transformer, rows: int) -> tuple[Callable[[], None], int]:
-    """The matrix products with weights of one decode step, alone, and their floating-point operations."""
+    """The matrix products with weights of one decode step, alone, and their operations."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {size: torch.randn(rows, size) for size in {layer.in_features for layer in layers}}
 
@@ -146,72 +175,87 @@ def products(model: Transformer, rows: int) -> tuple[Callable[[], None], int]:
 
 @torch.no_grad()
 def decode(quick: bool) -> dict[str, float]:
-    """One decode step at 64 rows in the middle of 128 tokens, its share of two ceilings of this machine."""
+    """One decode step at 64 rows in the middle of 128 tokens, its share of two ceilings of this
+    machine."""
     model, table = policy(), {}
     rows, big, wide = PROMPTS * GROUP, torch.randn(2**26), torch.randn(2048, 2048)
     work, operations = products(model, rows)
     for length in (256, 1024):
-        batch = _Batch(model, 4096, 1.0, [], 0)
-        batch.admit([(i, range(GROUP)) for i in range(PROMPTS)], questions(PROMPTS, length), range(PROMPTS))
-        for _ in range(NEW // 2 - 16):
+        batch = Batch(model, questions(PROMPTS, length), range(PROMPTS),
+                      Sampling(max_new_tokens=4096, eos_ids=[], samples=GROUP))
+        batch.admit([Job(i, range(GROUP)) for i in range(PROMPTS)])
+
+        def step() -> None:
+            if not batch.cache.free:
+                batch.make_room()
             batch.step()
-        step = in_turns(8 if quick else 30, step=batch.step, products=work, copy=big.clone, square=lambda: wide @ wide)
-        width = batch.cache.cohorts[0].capacity
-        cached = 2 * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 32 * (PROMPTS * length + rows * width)
-        moved = 4 * (sum(p.numel() for p in model.parameters()) + cached)
-        table |= {f"prompt {length}: a step, ms": 1e3 * step["step"],
-                  f"prompt {length}: its matrix products alone, ms": 1e3 * step["products"],
-                  f"prompt {length}: decode / rate of its products": step["products"] / step["step"],
-                  f"prompt {length}: its products, GFLOP/s": operations / step["products"] / 1e9,
-                  f"prompt {length}: square products, GFLOP/s": 2 * 2048**3 / step["square"] / 1e9,
-                  f"prompt {length}: read by a step, GB/s": moved / step["step"] / 1e9,
-                  f"prompt {length}: memory copy, GB/s": 8 * 2**26 / step["copy"] / 1e9}
+        for _ in range(NEW // 2 - 16):
+            step()
+        seconds = in_turns(8 if quick else 30, step=step, products=work, copy=big.clone,
+                           square=lambda: wide @ wide)
+        per_token = 2 * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 32
+        held = sum(p.numel() for p in model.parameters()) + per_token * batch.cache.tokens()
+        table |= {f"prompt {length}: {name}": value for name, value in {
+            "a step, ms": 1e3 * seconds["step"],
+            "its matrix products alone, ms": 1e3 * seconds["products"],
+            "decode / rate of its products": seconds["products"] / seconds["step"],
+            "its products, GFLOP/s": operations / seconds["products"] / 1e9,
+            "square products, GFLOP/s": 2 * 2048**3 / seconds["square"] / 1e9,
+            "read by a step, GB/s": 4 * held / seconds["step"] / 1e9,
+            "memory copy, GB/s": 8 * 2**26 / seconds["copy"] / 1e9}.items()}
     return table
 
 
 def ragged(quick: bool) -> dict[str, float]:
-    """Time per useful token of lengths with an end after each token of probability 1/64, and of equal lengths of 64."""
+    """Time per useful token of lengths with an end after each token of probability 1/64, and of
+    equal lengths of 64."""
     model, counts = policy(), {}
-    prompts, limit = questions(16 if quick else 96, 256), 512
+    prompts, ends = questions(16 if quick else 96, 256), range(SHAPE["vocab_size"] // MEAN)
 
     def uneven() -> None:  # a model that knows nothing: each token is about equally probable
-        counts["ragged"] = ours(model, prompts, new=limit, eos_ids=range(SHAPE["vocab_size"] // 64), max_rows=64)
+        counts["ragged"] = ours(model, prompts, new=LIMIT, eos_ids=ends, max_rows=64)
 
     def even() -> None:
-        counts["equal"] = ours(model, prompts, new=64, max_rows=64)
+        counts["equal"] = ours(model, prompts, new=MEAN, max_rows=64)
     seconds = in_turns(1 if quick else 3, ragged=uneven, equal=even)
     table = {f"{name}: us per token": 1e6 * seconds[name] / counts[name] for name in seconds}
-    return table | {"completions": len(prompts) * GROUP, "ragged: mean length": counts["ragged"] / len(prompts) / GROUP,
-                    "ragged / equal": table["ragged: us per token"] / table["equal: us per token"]}
+    return table | {
+        "completions": len(prompts) * GROUP,
+        "ragged: mean length": counts["ragged"] / len(prompts) / GROUP,
+        "ragged / equal": table["ragged: us per token"] / table["equal: us per token"]}
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ training
 
 
 def group(number: int, prompt: list[int], completions: list[Completion]) -> Group:
+    """Every other completion is right."""
     rewards = [float(s % 2) for s in range(len(completions))]
-    advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
-    return Group((0, number), None, prompt, completions, [b""] * len(completions), rewards, advantages)
+    advantages = rpt.group_advantages(torch.tensor([rewards]))[0].tolist()
+    return Group((0, number), None, prompt, completions, [b""] * len(completions), rewards,
+                 advantages)
 
 
 def training(model: Transformer, share: bool, prompt: int = 1024, new: int = NEW,
              size: int = GROUP) -> Callable[[], None]:
-    """Forward and backward of one group's log-probabilities: its prompt once, or once per completion."""
-    ids = questions(size + 1, max(prompt, new), model.config.vocab_size)
-    whole = group(0, ids[0][:prompt], [Completion(run[:new], [0.0] * new, False) for run in ids[1:]])
+    """The gradient of one group: its prompt once, or once per completion."""
+    first, *rest = questions(size + 1, max(prompt, new), model.config.vocab_size)
+    completions = [Completion(ids[:new], [0.0] * new, False) for ids in rest]
+    whole = group(0, first[:prompt], completions)
+    responses = [Response(c.ids, c.logprobs, advantage, 1.0)
+                 for c, advantage in zip(completions, whole.advantages)]
     signs = torch.tensor(whole.advantages, dtype=torch.float32).repeat_interleave(new)
 
     def shared() -> None:
         model.zero_grad()
-        logprobs, _ = completion_logprobs(model, [(whole, list(range(size)))], 1.0)
-        (logprobs * signs).sum().backward()
+        accumulate(model, [(whole.prompt, responses)], Method(temperature=1.0))
 
     def repeated() -> None:
         model.zero_grad()
-        rows = torch.tensor([whole.prompt + c.ids for c in whole.completions])
+        rows = torch.tensor([whole.prompt + c.ids for c in completions])
         hidden = model(rows)[:, prompt - 1: -1].reshape(-1, model.config.hidden_size)
         logprobs, _ = token_logprobs(model, hidden, rows[:, prompt:].reshape(-1))
-        (logprobs * signs).sum().backward()
+        (-logprobs * signs).sum().backward()
     return shared if share else repeated
 
 
@@ -220,44 +264,151 @@ def train(quick: bool) -> dict[str, float]:
     model, gradients = policy(), []
     for share in (True, False):
         training(model, share)()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    seconds = in_turns(1 if quick else 3, shared=training(model, True), repeated=training(model, False))
-    memory = {name: child("train", share)["mib"] for name, share in (("shared", 1), ("repeated", 0))}
-    difference = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+        gradients.append(flat_gradient(model))
+    seconds = in_turns(1 if quick else 3, shared=training(model, True),
+                       repeated=training(model, False))
     return {**{f"{name}: s": value for name, value in seconds.items()},
-            **{f"{name}: peak MiB": value for name, value in memory.items()},
+            "shared: peak MiB": child("train", 1)["mib"],
+            "repeated: peak MiB": child("train", 0)["mib"],
             "repeated / shared": seconds["repeated"] / seconds["shared"],
-            "relative difference of gradients": difference}
+            "relative difference of gradients": difference(*gradients)}
 
 
-def our_step(model: Transformer, optimizer: torch.optim.Optimizer, prompts: list[list[int]], eos: int) -> None:
-    out = generate(model, prompts, samples=GROUP, max_new_tokens=NEW, eos_ids=[eos])
-    update(model, [optimizer], [group(n, *pair) for n, pair in enumerate(zip(prompts, out))], Method(grad_clip=1.0))
+def ragged_groups(count: int, prompt: tuple[int, int], mean: int, limit: int) -> list[Group]:
+    """Groups of prompts of even lengths and responses of exponential ones."""
+    random = np.random.default_rng(0)
+
+    def ids(length: int) -> list[int]:
+        return random.integers(0, SHAPE["vocab_size"], length).tolist()
+    groups = []
+    for n in range(count):
+        lengths = np.minimum(1 + random.exponential(mean, GROUP).astype(int), limit)
+        completions = [Completion(ids(n), [-8.0] * n, True) for n in lengths.tolist()]
+        groups.append(group(n, ids(random.integers(*prompt)), completions))
+    return groups
+
+
+RAGGED = 8, (150, 350), 100, LIMIT
+METHOD = Method(micro_tokens=8192, temperature=1.0)
+
+
+def padded_batches(groups: Sequence[Group], budget: int) -> list[list[tuple]]:
+    """(group, completion, advantage), groups of like length together, in batches of a padded prompt
+    for each group and a padded row for each completion, of at most `budget` tokens."""
+    parts = [[]]
+    for g in sorted(groups, key=lambda g: max(len(c.ids) for c in g.completions)):
+        for c, advantage in zip(g.completions, g.advantages):
+            batch = [*parts[-1], (g, c, advantage)]
+            prompts = {h.number: len(h.prompt) for h, *_ in batch}
+            size = len(prompts) * max(prompts.values())
+            if size + len(batch) * max(len(c.ids) for _, c, _ in batch) <= budget:
+                parts[-1] = batch
+            else:
+                parts.append([(g, c, advantage)])
+    return parts
+
+
+def padded_gradient(model: Transformer, groups: Sequence[Group]) -> None:
+    """The gradient of an update as rpt.py computes it, but by padded batches."""
+    tokens = sum(len(c.ids) for g in groups for c in g.completions)
+    for batch in padded_batches(groups, METHOD.micro_tokens):
+        prompts = {g.number: g.prompt for g, *_ in batch}
+        prefix = PrefixCache(list(map(len, prompts.values())), model.head.device)
+        last = last_hidden(model, list(prompts.values()), prefix)
+        rows = [(list(prompts).index(g.number), Response(c.ids, c.logprobs, advantage, 1 / tokens))
+                for g, c, advantage in batch]
+        logprobs, _ = rpt.response_logprobs(model, prefix, last, rows, METHOD.temperature)
+        advantages = torch.cat([torch.full((len(c.ids),), a) for _, c, a in batch])
+        weights = torch.full_like(advantages, 1 / tokens)
+        rpt.policy_loss(logprobs, logprobs.detach(), advantages, weights).backward()
+
+
+def an_update(model: Transformer, padded: bool, groups: Sequence[Group]) -> Callable[[], None]:
+    """A whole update: gradients of all groups, clipping, one step of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def without_padding() -> None:
+        rpt.update(model, optimizer, groups, METHOD)
+
+    def with_padding() -> None:
+        padded_gradient(model, groups)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), METHOD.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return with_padding if padded else without_padding
+
+
+def update(quick: bool) -> dict[str, float]:
+    """A whole update on 8 groups of 8: prompts of 150 to 350 tokens, responses exponential with
+    mean 100, at most 512; against padded batches of the same budget, 8,192 tokens."""
+    model, groups = policy(), ragged_groups(*RAGGED)
+    tokens = sum(len(c.ids) for g in groups for c in g.completions)
+    examples = rpt.policy_examples(groups, METHOD, tokens, len(groups) * GROUP)
+    accumulate(model, examples, METHOD)
+    gradients = [flat_gradient(model)]
+    model.zero_grad()
+    padded_gradient(model, groups)
+    gradients.append(flat_gradient(model))
+    model.zero_grad()
+    slices = [part for _, parts in rpt.training_batches(examples, METHOD.micro_tokens)
+              for part in parts]
+    computed = sum(len(part) * max(len(r.ids) for _, r in part) for part in slices)
+    padded = padded_batches(groups, METHOD.micro_tokens)
+    padded_computed = sum(len(b) * max(len(c.ids) for _, c, _ in b) for b in padded)
+    seconds = in_turns(1 if quick else 5, ours=an_update(model, False, groups),
+                       padded=an_update(model, True, groups))
+    return {"response tokens": tokens,
+            "ours: s": seconds["ours"], "padded: s": seconds["padded"],
+            "padded / ours": seconds["padded"] / seconds["ours"],
+            "ours: useful share": tokens / computed,
+            "padded: useful share": tokens / padded_computed,
+            "ours: peak MiB": child("update", 0)["mib"],
+            "padded: peak MiB": child("update", 1)["mib"],
+            "relative difference of gradients": difference(*gradients)}
+
+
+def our_step(model: Transformer, optimizer: torch.optim.Optimizer, prompts: list[list[int]],
+             new: int) -> None:
+    """Sampling and update; token 0 ends a completion."""
+    out = generate(model, prompts, samples=GROUP, max_new_tokens=new, eos_ids=[0])
+    groups = [group(n, *pair) for n, pair in enumerate(zip(prompts, out))]
+    rpt.update(model, optimizer, groups, Method(temperature=1.0))
 
 
 def step(quick: bool) -> dict[str, float]:
-    """One whole step, sampling and update: 8 prompts of 256 tokens, G = 8, 128 new tokens, AdamW."""
-    model, prompts, seconds = policy(), questions(PROMPTS, 256), {"ours": [], "TRL": []}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    try:
-        trainer = trl_trainer(model, prompts, GROUP, NEW, LEARNING_RATE, 2 if quick else 4)
-    except ImportError:
-        one = in_turns(1 if quick else 3, ours=lambda: our_step(model, optimizer, prompts, 0))["ours"]
-        return {"ours: s per step": one}
-    for name, time_taken in trl_steps(trainer, lambda: our_step(model, optimizer, prompts, 0)):
-        seconds[name].append(time_taken)
-    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    return {**{f"{name}: s per step": s for name, s in median.items()}, "TRL / ours": median["TRL"] / median["ours"]}
+    """One whole step, sampling and update: 8 prompts of 256 tokens, G = 8, AdamW. Equal lengths:
+    128 new tokens. Ragged: an end of probability 1/64 (a vocabulary of 64), at most 512."""
+    table = {}
+    for name, vocabulary, new in (("", SHAPE["vocab_size"], NEW), ("ragged, ", MEAN, LIMIT)):
+        model, prompts = policy(vocab_size=vocabulary), questions(PROMPTS, 256, vocabulary)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+        def one() -> None:
+            our_step(model, optimizer, prompts, new)
+        try:
+            trainer = trl_trainer(model, prompts, GROUP, new, LEARNING_RATE, 2 if quick else 4)
+        except ImportError:
+            table[f"{name}ours: s per step"] = in_turns(1 if quick else 3, ours=one)["ours"]
+            continue
+        found = trl_steps(trainer, one)
+        median = {who: statistics.median([s for w, s in found if w == who][1:])
+                  for who in ("ours", "TRL")}
+        table |= {f"{name}{who}: s per step": s for who, s in median.items()}
+        table[f"{name}TRL / ours"] = median["TRL"] / median["ours"]
+    return table
 
 
-# ---------------------------------------------------------------------------------------------- memory and growth
+# ----------------------------------------------------------------------------- memory and text
 
 
-def head_work(chunked: bool, tokens: int, gradients: list | None = None) -> Callable[[], dict[str, float]]:
+def head_work(chunked: bool, tokens: int,
+              gradients: list | None = None) -> Callable[[], dict[str, float]]:
     """Log-probabilities and their gradients, which are appended to `gradients`, if given."""
     torch.manual_seed(0)
-    model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1, tie_word_embeddings=True)
-    hidden, targets = torch.randn(tokens, 896, requires_grad=True), torch.randint(151936, (tokens,))
+    model = policy(vocab_size=151936, hidden_size=896, num_hidden_layers=1,
+                   tie_word_embeddings=True)
+    hidden = torch.randn(tokens, 896, requires_grad=True)
+    targets = torch.randint(151936, (tokens,))
     model.head.grad = torch.zeros_like(model.head)
 
     def work() -> dict[str, float]:
@@ -273,9 +424,9 @@ def head_work(chunked: bool, tokens: int, gradients: list | None = None) -> Call
 
 
 def logprobs(quick: bool) -> dict[str, float]:
-    """Log-probabilities of 4,096 tokens from 896 hidden channels over 151,936 tokens, forward and backward."""
-    tokens = 512 if quick else 4096
-    table = {}
+    """Log-probabilities of 4,096 tokens from 896 hidden channels over 151,936 tokens, forward and
+    backward."""
+    tokens, table = 512 if quick else 4096, {}
     for name, chunked in (("ours", 1), ("plain log_softmax", 0)):
         out = child("head", chunked, tokens)
         table |= {f"{name}: peak MiB": out["mib"], f"{name}: s": out["seconds"],
@@ -284,68 +435,145 @@ def logprobs(quick: bool) -> dict[str, float]:
     found: list[list[torch.Tensor]] = [[], []]
     for chunked in (0, 1):
         head_work(bool(chunked), 300, found[chunked])()  # the same tensors, drawn twice
-    for name, a, b in zip(("log-probabilities", "gradients by hidden", "gradients by the head"), *found):
-        table[f"relative difference of {name}, 300 tokens"] = ((a - b).norm() / b.norm()).item()
+    for name, a, b in zip(("log-probabilities", "gradients by hidden", "gradients by the head"),
+                          *found):
+        table[f"relative difference of {name}, 300 tokens"] = difference(a, b)
     return table
 
 
-def growth(quick: bool) -> dict[str, float]:
-    """How cost grows, from 4 prompts of 256 tokens x 8 samples x 32 new tokens: seconds of sampling, then training."""
-    table, usual = {}, {"samples": 8, "length": 256, "new": 32, "vocab_size": 4096}
-    for name, values in (("samples", (2, 8, 32)), ("length", (64, 256, 1024)), ("new", (16, 32, 128)),
-                         ("vocab_size", (512, 4096, 32768))):
-        for value in values:
-            at = usual | {name: value}
-            model = policy(vocab_size=at["vocab_size"])
-            prompts = questions(4, at["length"], at["vocab_size"])
-            seconds = in_turns(1 if quick else 3, sampling=lambda: ours(model, prompts, at["samples"], at["new"]),
-                               training=training(model, True, at["length"], at["new"], at["samples"]))
-            table |= {f"{name} {value}: {what}, s": s for what, s in seconds.items()}
-    for processes in (1, 2):
-        command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-        table[f"processes {processes}, 1 thread each: tokens/s"] = child("process", command=command)["tokens_per_s"]
+def entropy(quick: bool) -> dict[str, float]:
+    """Tokens per second of the entropy pass over documents of 50 to 2,000 tokens in windows of
+    1,024, against a plain forward with logits on the same batches."""
+    model, random = policy(), np.random.default_rng(0)
+    starts = np.concatenate(([0], random.integers(50, 2000, 8 if quick else 40).cumsum()))
+    tokens, count = random.integers(0, SHAPE["vocab_size"], starts[-1]), len(starts) - 1
+    corpus = data.Corpus(SimpleNamespace(bos=[]), tokens.astype(np.uint32), starts, starts[:-1],
+                         np.zeros(count, bool), np.zeros(count, np.int8), "")
+    pieces = list(evaluation.windows(corpus, range(count), 1024))
+    rival = in_transformers(model)
+
+    def ours() -> None:
+        evaluation.window_values(model, corpus, pieces, evaluation.next_token_entropy)
+
+    @torch.no_grad()
+    def plain() -> None:
+        for batch in evaluation.batches({n: w.end - w.begin for n, w in enumerate(pieces)}):
+            texts = [tokens[pieces[n].begin: pieces[n].end].tolist() for n in batch]
+            ids = pad(texts, model.head.device)
+            model.logits(model(ids)) if rival is None else rival(ids)
+    name = "our model's plain forward" if rival is None else "transformers' forward"
+    seconds = in_turns(1 if quick else 3, ours=ours, plain=plain)
+    return {"ours: tokens/s": len(tokens) / seconds["ours"],
+            f"{name}: tokens/s": len(tokens) / seconds["plain"],
+            f"ours / {name}": seconds["plain"] / seconds["ours"]}
+
+
+class Watch:
+    """Seconds and the highest RssAnon (MiB) of what runs within it: mapped files do not count."""
+
+    def __enter__(self) -> "Watch":
+        self.mib, self.begin, self.over = 0.0, time.perf_counter(), threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+        return self
+
+    def look(self) -> None:
+        while not self.over.wait(0.01):
+            self.mib = max(self.mib, memory("RssAnon"))
+
+    def __exit__(self, *_) -> None:
+        self.seconds = time.perf_counter() - self.begin
+        self.over.set()
+        self.thread.join()
+        self.mib = max(self.mib, memory("RssAnon"))
+
+
+def numbered_rows(source: Path, file: Path, size: int) -> None:
+    """Writes `size` bytes of rows by numbering those of a corpus again and again."""
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    with open(file, "w") as out:
+        for n in range(10**9):
+            row = rows[n % len(rows)]
+            out.write(json.dumps({"problem": f"{n}. {row['problem']}",
+                                  "solution": f"{n}. {row['solution']}"}) + "\n")
+            if out.tell() >= size:
+                break
+
+
+def corpus_work(megabytes: int) -> dict[str, float]:
+    """Tokenises, splits and selects in this process; 0: one document of a million tokens."""
+    assets, table = Path(os.environ["RPT_TEST_ASSETS"]), {}
+    source = assets / "data" / "omni_math_rule.jsonl"
+    tokenizer = data.Tokenizer.from_dir(assets / "tokenizers" / "deepseek_r1_distill_qwen")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "corpus.jsonl"
+        if megabytes:
+            numbered_rows(source, file, megabytes * 10**6)
+        else:
+            texts = [json.loads(line)["solution"] for line in source.read_text().splitlines()]
+            file.write_text(json.dumps({"text": "\n".join(texts)[:2_800_000]}) + "\n")
+        with Watch() as tokenise:
+            data.load_corpus(file, tokenizer, folder, 0, 0)
+        with Watch() as split:  # what was tokenised is read again
+            corpus = data.load_corpus(file, tokenizer, folder, 200 if megabytes else 0, 0)
+        values = np.memmap(Path(folder) / "entropy", np.float32, "w+", shape=len(corpus.tokens))
+        values[:] = np.random.default_rng(0).exponential(0.7, len(values))
+        with Watch() as select:
+            kept = data.select_positions(corpus, values, data.PositionFilter(region="solution"))
+        table = {"million tokens": len(corpus.tokens) / 1e6, "million positions": len(kept) / 1e6}
+    for name, watch in (("tokenise", tokenise), ("split", split), ("select", select)):
+        table |= {f"{name}, s": watch.seconds, f"{name}, peak RssAnon MiB": watch.mib}
     return table
 
 
-def one_of_several() -> dict:
-    """This process's share of 8 prompts x 8 samples x 128 tokens; the slowest process counts."""
-    import torch.distributed as dist
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    model, mine = policy(), questions(PROMPTS, 256)[dist.get_rank()::dist.get_world_size()]
-    ours(model, mine, new=4)
-    begin = time.perf_counter()
-    ours(model, mine)
-    seconds = torch.tensor([time.perf_counter() - begin])
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    dist.destroy_process_group()
-    return {"tokens_per_s": PROMPTS * GROUP * NEW / float(seconds)}
+def corpus(quick: bool) -> dict[str, float]:
+    """A corpus of OmniMATH's rows, numbered again and again, with random entropies; peak anonymous
+    memory is of the whole process. And one document of a million tokens."""
+    if not os.environ.get("RPT_TEST_ASSETS"):
+        return {"RPT_TEST_ASSETS is not set": 0}
+    table = {}
+    for megabytes in (5, 10) if quick else (25, 100, 0):
+        name = f"{megabytes} MB" if megabytes else "one document"
+        table |= {f"{name}: {key}": value for key, value in child("corpus", megabytes).items()}
+    return table
+
+
+def child_main(work: str, *arguments: str) -> dict:
+    """A measurement in a process of its own, see `child`."""
+    first = int(arguments[0])
+    if work == "corpus":
+        return corpus_work(first)
+    if work == "head":
+        return peak(head_work(first == 1, int(arguments[1])), lambda: None)
+    model = policy()
+    if work == "train":
+        return peak(training(model, first == 1), training(model, True, 16, 8))
+    small = ragged_groups(1, (8, 9), 4, 8)
+    an_update(model, first == 1, small)()
+    return peak(an_update(model, first == 1, ragged_groups(*RAGGED)), lambda: None)
 
 
 def main() -> None:
-    sections = {f.__name__: f for f in (rollout, accelerator, prefix, decode, ragged, train, step, logprobs, growth)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = {f.__name__: f for f in (rollout, accelerator, decode, ragged, train, update, step,
+                                        logprobs, entropy, corpus)}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--quick", action="store_true", help="one turn of each, and less work")
-    parser.add_argument("--json", type=Path, default=Path(__file__).resolve().parent.parent / "runs" / "bench.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench.json")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        work, *rest = args.child
-        if work == "train":
-            model = policy()
-            print(json.dumps(peak(training(model, rest[0] == "1"), training(model, True, 16, 8))))
-        elif work == "head":
-            print(json.dumps(peak(head_work(rest[0] == "1", int(rest[1])), lambda: None)))
-        else:
-            print(json.dumps(one_of_several()))
+        print(json.dumps(child_main(*args.child)))
         return
-    machine, tables = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}, {}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}
+    machine, tables = machine | versions(), {}
     for name in args.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         tables[name] = sections[name](args.quick)
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(machine | tables, indent=2) + "\n")  # after each section: they take minutes
+        # after each section: they take minutes
+        args.json.write_text(json.dumps(machine | tables, indent=2) + "\n")
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for name, table in tables.items():
         print(f"\n{sections[name].__doc__}")

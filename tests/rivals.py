@@ -1,11 +1,24 @@
-"""The same weights and work in transformers and TRL, for tests/bench.py. Neither is needed for anything else."""
+"""The same weights and work in transformers and TRL, for tests/bench.py. Neither is needed for
+anything else."""
 
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 
 from model import Transformer, save_pretrained
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared with, as far as it is installed."""
+    found = {}
+    for name in ("transformers", "trl"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def in_transformers(model: Transformer):
@@ -16,27 +29,33 @@ def in_transformers(model: Transformer):
         return None
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(model, directory)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=model.head.dtype).to(model.head.device).eval()
+        rival = AutoModelForCausalLM.from_pretrained(directory, dtype=model.head.dtype)
+    return rival.to(model.head.device).eval()
 
 
-def trl_trainer(model: Transformer, prompts: list[list[int]], samples: int, new: int, learning_rate: float, steps: int):
-    """TRL's GRPOTrainer with the same weights, or an ImportError. A word per token id: text and tokens are one."""
+def trl_trainer(model: Transformer, prompts: Sequence[Sequence[int]], samples: int, new: int,
+                learning_rate: float, steps: int):
+    """TRL's GRPOTrainer with the same weights, or an ImportError. A word per token id: text and
+    tokens are one, and token 0 ends a completion."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+    vocabulary = {f"t{i}": i for i in range(model.config.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t1")
     rows = Dataset.from_list([{"prompt": " ".join(f"t{i}" for i in prompt)} for prompt in prompts])
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=len(prompts) * samples,
-        num_generations=samples, max_completion_length=new, learning_rate=learning_rate, beta=0.0, temperature=1.0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True)
+        output_dir=tempfile.mkdtemp(), max_steps=steps, num_generations=samples,
+        per_device_train_batch_size=len(prompts) * samples, max_completion_length=new,
+        learning_rate=learning_rate, beta=0.0, temperature=1.0, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no",
+        disable_tqdm=True)
     rewards = itertools.cycle((0.0, 1.0))
-    return GRPOTrainer(in_transformers(model), lambda completions, **_: [next(rewards) for _ in completions], config,
-                       rows, processing_class=tokenizer)
+    return GRPOTrainer(in_transformers(model),
+                       lambda completions, **_: [next(rewards) for _ in completions], config, rows,
+                       processing_class=tokenizer)
 
 
 def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
@@ -51,7 +70,8 @@ def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
         def on_step_end(self, *_, **__):
             between = time.perf_counter()
             ours()
-            seconds.extend((("TRL", between - self.begin), ("ours", time.perf_counter() - between)))
+            seconds.append(("TRL", between - self.begin))
+            seconds.append(("ours", time.perf_counter() - between))
     trainer.add_callback(Turns())
     trainer.train()
     return seconds
