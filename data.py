@@ -107,8 +107,8 @@ class Tokenizer:
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(spec | bare | plain))
         self.adds_space = bare != steps
-        # A text with a space of its own gets none, but from the normalizer "Prepend"; what follows a
-        # special token begins a text too, but for Metaspace's scheme "first".
+        # A text with a space of its own gets none, but from the normalizer "Prepend"; what follows
+        # a special token begins a text too, but for Metaspace's scheme "first".
         self._has_space = () if '"Prepend"' in written else " "
         self._first_only = '"prepend_scheme": "first"' in written
 
@@ -442,7 +442,8 @@ def split_documents(texts: Callable[[], Iterable[str]], holdout: int, seed: int)
     """
     keys = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts()]
     split = np.full(len(keys), TRAIN, np.int8)
-    split[sorted(range(len(keys)), key=keys.__getitem__)[:holdout]] = HELD_OUT
+    first = {key: document for document, key in reversed(list(enumerate(keys)))}  # of equals
+    split[[first[key] for key in sorted(first)[:holdout]]] = HELD_OUT
     held = {document: _word_runs(text) for document, text in enumerate(texts())
             if split[document] == HELD_OUT}
     owners = defaultdict(list)  # the held-out documents that a run occurs in

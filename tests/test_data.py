@@ -24,7 +24,7 @@ TEXTS = [
     "The quick brown fox jumps over the lazy dog, twice.\n\n\tAnd 12345 times more!  ",
     r"Let $n \ge 2$, and \frac{a_1}{b} + \sqrt{x^{2}} = \boxed{ 4}. Then \left(1 - n\right) \to 0.",
     "👩‍🚀 flies 🚀🚀, 🤗 says 日本語 and 中文字符; naïve café, Ångström, ﬁne, ½ ∑∫ Ω",
-    "combining: e\u0301 a\u030a n\u0303 \u1100\u1161\u11a8 q\u0323\u0307, right to left: שלום مرحبا",
+    "combining: e\u0301 a\u030a n\u0303 \u1100\u1161\u11a8 q\u0323\u0307, leftwards: שלום مرحبا",
     "\r\n\r\n  if x:\r\n\treturn {'a': [1, 2]}\n\x00\x7f\u200b\ufeff end",
 ]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -158,7 +158,8 @@ def test_a_special_token_spelled_in_text_stays_text():
         assert not set(ids) & set(tokenizer.special.values())
 
 
-@pytest.mark.parametrize("special", [("</s>",), ("</s>", "</think>"), ("</s>", "<think>", "</think>")])
+@pytest.mark.parametrize("special", [
+    ("</s>",), ("</s>", "</think>"), ("</s>", "<think>", "</think>")])
 def test_a_response_has_the_models_own_marks_of_thinking(special):
     text = "So </s> 日\n</think>\n\n\\boxed{ 4}</think> <think>x"
     for tokenizer in (read(byte_level(special)), read(sentencepiece("prepend", ("<s>", *special)))):
@@ -240,16 +241,17 @@ CHATML = ("{%- if messages[0]['role'] == 'system' %}"
           "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
           "@{%- endif %}{%- for message in messages %}"
           "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
-          "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}&{%- endif %}\n")
+          "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}&"
+          "{%- endif %}\n")
 QWEN25 = CHATML.replace("&", "").replace("@", (
-    "{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
-    "assistant.<|im_end|>\\n' }}"))
+    "{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a "
+    "helpful assistant.<|im_end|>\\n' }}"))
 QWEN3 = CHATML.replace("@", "").replace("&", (
     "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"))
 SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-           "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-           "Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+           "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+           "Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
            "{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
@@ -258,8 +260,8 @@ LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{
           "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
           "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 DATED = "{%- set day = strftime_now('%d %b %Y') %}{{ 'Today: ' + day + '\n' }}" + SMOLLM2
-R1 = ("{{bos_token}}{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' + "
-      "message['content']}}{%- endif %}{%- endfor -%}{% if add_generation_prompt %}"
+R1 = ("{{bos_token}}{%- for message in messages %}{%- if message['role'] == 'user' %}"
+      "{{'<｜User｜>' + message['content']}}{%- endif %}{%- endfor -%}{% if add_generation_prompt %}"
       "{{'<｜Assistant｜>@'}}{% endif %}")
 LLAMA2 = ("{{ bos_token }}{% for message in messages %}{{ '[INST] ' + message['content'].strip() + "
           "' [/INST]' }}{% endfor %}")
@@ -274,19 +276,22 @@ FAMILIES = {  # template, tokenizer, the text around the prompt: before, behind,
     "R1, new": (R1.replace("@", "<think>\\n"), byte_level(OF_R1), "<s><｜User｜>", "<｜Assistant｜>",
                 THINK, None),
     "Qwen2.5": (QWEN25, byte_level(OF_QWEN), "<|im_start|>system\nYou are Qwen, created by Alibaba "
-                "Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n", TURN, THINK, ""),
+                "Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n", TURN, THINK,
+                ""),
     "Qwen3": (QWEN3, byte_level((*OF_QWEN, "<think>", "</think>")), "<|im_start|>user\n", TURN, "",
               "<think>\n\n</think>\n\n"),
     "SmolLM2": (SMOLLM2, byte_level(OF_QWEN), SMOL, TURN, THINK, ""),
     "Llama 3": (LLAMA3, byte_level(OF_LLAMA3), "<s><|start_header_id|>user<|end_header_id|>\n\n",
                 "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", THINK, ""),
-    "dated": (DATED, byte_level(OF_QWEN), f"Today: {datetime.now():%d %b %Y}\n" + SMOL, TURN, THINK, ""),
+    "dated": (DATED, byte_level(OF_QWEN), f"Today: {datetime.now():%d %b %Y}\n" + SMOL, TURN,
+              THINK, ""),
     "Llama 2": (LLAMA2, sentencepiece("prepend"), "<s>[INST] ", " [/INST]", THINK, ""),
     "Mistral": (LLAMA2, sentencepiece("first"), "<s>[INST] ", " [/INST]", THINK, ""),
     "none": (None, byte_level(), "", "\n", THINK, ""),
     "none, SentencePiece": (None, sentencepiece("always"), "<s>", "\n", THINK, ""),
 }
-PROMPTS = ["What is 1 + 1?", "日本語 🚀\n", " x", "a {braces} and \\boxed{ =}", "two\n\nlines\n\n", "\0 {context}"]
+PROMPTS = ["What is 1 + 1?", "日本語 🚀\n", " x", "a {braces} and \\boxed{ =}", "two\n\nlines\n\n",
+           "\0 {context}"]
 
 
 def family(name: str, thinking: bool = True, beside: bool = False) -> Tokenizer:
@@ -297,7 +302,8 @@ def family(name: str, thinking: bool = True, beside: bool = False) -> Tokenizer:
     if beside and template:
         files["chat_template.jinja"], template = template.encode(), "not this one"
     settings |= {"chat_template": template} if template else {}
-    return Tokenizer(files | {"tokenizer_config.json": json.dumps(settings).encode()}, name, thinking)
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    return Tokenizer(files, name, thinking)
 
 
 def rendered(name: str, prompt: str, thinking: bool) -> str:
