@@ -128,8 +128,8 @@ def locked(lock: TextIO) -> bool:
 
 
 def entropy_pass(model: Transformer, corpus: Corpus, part: Path, window: int) -> None:
-    """Writes the entropies that `part` lacks, some windows at a time: after an interruption the same
-    ones, so that they round alike."""
+    """Writes the entropies that `part` lacks, some windows at a time: the same ones after an
+    interruption, so that they round alike."""
     done = all_gather(part.stat().st_size // 4 if part.exists() else 0)[0]
     done = done if done <= len(corpus.tokens) else 0
     (rank, world), every = rank_and_world(), windows(corpus, range(len(corpus.starts) - 1), window)
@@ -273,9 +273,8 @@ def records_of(policy: Policy, questions: dict[int, Question], method: Method, s
         samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
         eos_ids=tokenizer.eos_ids, seed=seed, max_rows=method.max_rows,
         cache_tokens=method.cache_tokens or None)
-    plain = {n: question for n, question in questions.items() if question.answer is None}
-    standard = dict(zip(plain, standard_predictions(policy, plain.values(), method.max_prompt)))
-    for (n, question), group in zip(questions.items(), groups):
+    standard = standard_predictions(policy, questions.values(), method.max_prompt)
+    for (n, question), group, token in zip(questions.items(), groups, standard):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
         record = {"question": n, "document": question.document, "position": question.position,
@@ -284,8 +283,8 @@ def records_of(policy: Policy, questions: dict[int, Question], method: Method, s
                   "vote": score(majority_vote(said), question),
                   "parsed": [float(prediction is not None) for prediction in said],
                   "length": [len(c.ids) for c in group], "responses": list(map(text, responses))}
-        if n in standard:
-            record["standard"] = score(standard[n], question)
+        if question.answer is None:
+            record["standard"] = score(token, question)
         if math.isfinite(question.entropy):
             record["entropy"] = question.entropy
         records.append(record)
@@ -308,15 +307,14 @@ def standard_predictions(policy: Policy, questions: Sequence[Question], window: 
 
 @torch.no_grad()
 def likeliest(model: Transformer, contexts: Sequence[Sequence[int]],
-              allowed: Sequence[Sequence[int]] = ()) -> list[int]:
-    """The likeliest token after each context, of all or of those that it allows."""
-    tokens = [0] * len(contexts)
+              allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
+    """The likeliest token after each context; of those that it allows, if so, the index."""
+    found = [0] * len(contexts)
     for batch in batches({n: len(context) for n, context in enumerate(contexts)}):
         logits = model.logits(last_hidden(model, [contexts[n] for n in batch]))
         for n, row in zip(batch, logits):
-            ids = allowed[n] if allowed else range(len(row))
-            tokens[n] = ids[int(row[ids].argmax() if allowed else row.argmax())]
-    return tokens
+            found[n] = int((row if allowed is None else row[allowed[n]]).argmax())
+    return found
 
 
 def score(prediction: bytes | None, question: Question) -> float:
@@ -383,8 +381,8 @@ def multiple_choice(policy: Policy, choices: Sequence[Choice], method: Method, s
                  for n, choice in enumerate(choices)]
     records = evaluate(policy, questions, replace(method, template="plain"), samples, seed,
                        progress=progress)
-    for record, choice, token in zip(records, choices, found):
-        record["standard"] = float(token == last[choice.answer])
+    for record, choice, option in zip(records, choices, found):
+        record["standard"] = float(option == choice.answer)
     if out and rank_and_world()[0] == 0:
         write_records(records, out)
     return records
@@ -439,17 +437,13 @@ def measures(record: dict) -> dict[str, float]:
 def table(models: dict[str, dict], title: str = "accuracy") -> str:
     """The form of the paper's tables for summaries by model name."""
     splits = next(iter(models.values()))
-    lines = [f"{title} in %, with 95 % intervals",
+    lines = [f"{title} in %, length in tokens, with 95 % intervals",
              row("", [f"{split} ({of['questions']})" for split, of in splits.items()])]
-    names = dict.fromkeys(name for of in splits.values() for name in of)
-    for measure in [name for name in names if name not in ("questions", "parsed", "length")]:
-        for model, of in models.items():
-            cells = [shown(each.get(measure), 100) for each in of.values()]
+    for measure in dict.fromkeys(name for of in splits.values() for name in of):
+        for model, of in models.items() if measure != "questions" else ():
+            factor = 1 if measure == "length" else 100
+            cells = [shown(each.get(measure), factor) for each in of.values()]
             lines.append(row(f"{model}, {measure}", cells))
-    for model, of in models.items():
-        largest = next(iter(of.values()))
-        lines.append(f"{model}: {shown(largest.get('parsed'), 100)} % of responses hold a "
-                     f"prediction; mean length {shown(largest.get('length'))} tokens")
     return "\n".join(lines)
 
 
@@ -458,7 +452,7 @@ def row(name: str, cells: Sequence[str]) -> str:
     return f"{name:26}" + "".join(f"{cell:>22}" for cell in cells)
 
 
-def shown(interval: Sequence[float | None] | None, factor: float = 1) -> str:
+def shown(interval: Sequence[float | None] | None, factor: float) -> str:
     """mean [low, high]; - for what was not measured."""
     mean, *bounds = [f"{factor * x:.1f}" for x in interval or () if x is not None] or "-"
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
