@@ -573,7 +573,8 @@ def a_run(toy, base, tmp_path):
             "cache": "../../cache", "holdout": 25, "seed": 3, "region": "solution",
             "min_context": 1, "max_context": 0, "dtype": "float32", "template": "toy",
             "temperature": 0.8, "max_prompt": 128, "max_response": 4, "max_rows": 64,
-            "cache_tokens": 0, "questions": 4, "device": "cuda", "out": "elsewhere", "answers": "a", "inputs": {"corpus": content}}
+            "cache_tokens": 0, "questions": 4, "device": "cuda", "out": "elsewhere",
+            "answers": "a", "inputs": {"corpus": content}}
         (folder / "run.json").write_text(json.dumps(settings | more))
         return folder, source
     return make
