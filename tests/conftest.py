@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def toy():
-    """The folder of corpus.jsonl, answers.jsonl, choices.jsonl and base/, a model with its tokenizer."""
+def toy() -> Path:
+    """The folder of corpus.jsonl, answers.jsonl, choices.jsonl and base/, a model with its
+    tokenizer."""
     return Path(__file__).resolve().parent.parent / "toy"

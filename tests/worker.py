@@ -1,8 +1,11 @@
-"""What test_distributed.py runs in several processes.
+"""What test_distributed.py runs in several processes: train.py, recorded, replayed, killed.
 
-    torchrun worker.py steps OUT MICRO_TOKENS GROUP   three RPT steps of a tiny model; rollouts, metrics, weights
-    torchrun worker.py crash WHERE CALL RANK MARKER TRAIN_ARGUMENTS...
-                                                      train.py, in which RANK is killed at its CALL-th WHERE, once
+    torchrun worker.py OUT FIRST DEATH TRAIN_ARGUMENTS...
+
+OUT receives, by step, the weights before it, what all processes sampled, and the gradient that the
+optimizer saw. With the OUT of another such run as FIRST, each step begins with that run's weights
+and trains on what that run sampled: then all that differs is rounding. DEATH, "WHERE:CALL:RANK",
+kills process RANK at its CALL-th WHERE, once.
 """
 
 import os
@@ -13,70 +16,90 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions, set_model_state_dict)
 
 import rpt  # noqa: E402
 import train  # noqa: E402
-from data import Question, toy_stories, toy_tokenizer  # noqa: E402
-from helpers import tiny  # noqa: E402
-from model import all_gather  # noqa: E402
+from model import all_gather, rank_and_world  # noqa: E402
+
+PLACES = {"training": (rpt, "policy_loss"), "writing": (dcp, "save"),
+          "renaming": (train, "write_json")}
+
+
+def by_length(responses, question, policy):
+    """A reward that any model can earn: an odd number of bytes."""
+    return [float(len(response) % 2) for response in responses]
 
 
 def uneven(responses, question, policy):
     """Rewards such that some processes have much to train on and some nothing."""
-    return [float(len(r) % 2) if question.document % 3 else 0.0 for r in responses]
+    if question.document % 3 == 0:
+        return [0.0] * len(responses)
+    return by_length(responses, question, policy)
 
 
-def steps(out: str, micro_tokens: str, shard_group: str) -> None:
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    tokenizer = toy_tokenizer()
-    tokenizer.eos_ids = list(range(0, len(tokenizer), 9))
-    stories = toy_stories(40, seed=5)
-    questions = [Question(tuple(tokenizer.encode(s.text)[:-2]), (b" A", b"."), n, 0, 1.0)
-                 for n, s in enumerate(stories)]
-    model = tiny(vocab_size=len(tokenizer), tie_word_embeddings=True)
-    if dist.get_world_size() > 1:
-        train.shard(model, train.Run(shard_group=int(shard_group)), "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    method = rpt.Method(questions=7, group_size=4, max_prompt=128, max_response=40, template="toy", max_rows=10,
-                        micro_tokens=int(micro_tokens), dynamic_from=2, max_refills=3, grad_clip=0.5)
-    rollouts, metrics = [], []
-    for step in range(3):
-        groups, measured = rpt.rpt_step(model, tokenizer, [optimizer], lambda s, retry: [
-            questions[(11 * s + 5 * retry + n) % 40] for n in range(7)], step, method, uneven, seed=3)
-        measured.pop("time")
-        metrics.append(measured)
-        mine = [(g.number, [c.ids for c in g.completions], g.rewards) for g in groups]
-        rollouts.append(sorted(g for part in all_gather(mine) for g in part))
-    weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.state_dict().items()}
-    if dist.get_rank() == 0:
-        torch.save({"rollouts": rollouts, "metrics": metrics, "weights": weights}, out)
-    dist.destroy_process_group()
+class Record:
+    """A step for train.main that notes what goes in and comes out, or repeats another's."""
+
+    def __init__(self, out: str, first: str):
+        self.out, self.done, self.generate = out, {}, rpt.generate
+        self.first = torch.load(first, weights_only=False) if first else {}
+        rpt.generate = self.sample
+
+    def sample(self, model, prompts, *, keys, **how):
+        mine = self.generate(model, prompts, keys=keys, **how)
+        self.now["sampled"] |= {k: (p, g) for k, p, g in zip(keys, prompts, mine)}
+        return [self.first[self.step]["sampled"][key][1] for key in keys] if self.first else mine
+
+    def one_step(self, policy, optimizer, draw, step, *how):
+        model, self.step = policy.model, step
+        self.now = self.done[step] = {"sampled": {}, "weights": whole(model)}
+        if self.first:
+            set_model_state_dict(model, self.first[step]["weights"],
+                                 options=StateDictOptions(full_state_dict=True))
+        note = optimizer.register_step_pre_hook(
+            lambda *_: self.now.update(gradient=whole(model, lambda p: p.grad)))
+        groups, metrics = rpt.rpt_step(policy, optimizer, draw, step, *how)
+        note.remove()
+        mine = [(g.number, g.prompt, g.completions, g.rewards, g.advantages)
+                for g in groups if g.kept]
+        self.now["groups"] = sorted((g for part in all_gather(mine) for g in part),
+                                    key=lambda g: g[0])
+        parts = all_gather(self.now["sampled"])
+        self.now["sampled"] = {key: value for part in parts for key, value in part.items()}
+        if rank_and_world()[0] == 0:
+            torch.save(self.done, self.out)
+        return groups, metrics
 
 
-def crash(where: str, call: str, rank: str, marker: str, *arguments: str) -> None:
-    owner, name = {"rollout": (rpt, "generate"), "training": (rpt, "policy_loss"), "writing": (dcp, "save"),
-                   "renaming": (train, "write_json"), "logging": (train.RunFolder, "log"),
-                    "memory": (rpt, "policy_loss")}[where]
+def whole(model, of=lambda parameter: parameter):
+    """By name, all of each parameter (or of something of it), whatever part this process holds."""
+    tensors = {name: of(p).detach() for name, p in model.named_parameters()}
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
+            for name, t in tensors.items()}
+
+
+def die_at(where: str, call: str, rank: str, marker: Path) -> None:
+    owner, name = PLACES[where]
     original, calls = getattr(owner, name), [0]
 
     def deadly(*args, **kwargs):
         calls[0] += 1
-        if calls[0] == int(call) and os.environ.get("RANK", "0") == rank and not Path(marker).exists():
-            if where in ("writing", "logging"):  # half of it is on the disk
+        if calls[0] == int(call) and os.environ["RANK"] == rank and not marker.exists():
+            if where == "writing":  # half of it is on the disk
                 original(*args, **kwargs)
-            Path(marker).touch()
-            if where == "memory":
-                raise torch.OutOfMemoryError("Tried to allocate 8 GiB")
+            marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
     setattr(owner, name, deadly)
-    torch.set_num_threads(1)
-    train.main(list(arguments))
 
 
 if __name__ == "__main__":
-    {"steps": steps, "crash": crash}[sys.argv[1]](*sys.argv[2:])
+    out, first, death, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    if death:
+        die_at(*death.split(":"), marker=Path(out + ".killed"))
+    train.main(arguments, reward=uneven, one_step=Record(out, first).one_step)
