@@ -489,7 +489,7 @@ class Corpus:
     regions: np.ndarray  # int64 [D]: the token where a solution or response begins, or a document
     is_chat: np.ndarray  # bool [D]: a prompt in the chat format and a response
     split: np.ndarray  # int8 [D]: TRAIN, HELD_OUT or DROPPED
-    fingerprint: str  # of the tokenizer and of all tokens
+    fingerprint: str  # of the tokenizer, all tokens and where documents and regions begin
 
     def ids(self, document: int) -> np.ndarray:
         """The tokens of a document, uint32."""
@@ -543,7 +543,7 @@ def _tokenize(source: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
                 rows.append((starts[-1] + region, bool(document.prompt)))
                 starts.append(starts[-1] + len(ids))
     regions, is_chat = map(np.array, zip(*rows))
-    name = fingerprint(tokenizer.files["tokenizer.json"], folder / "tokens.u32", starts)
+    name = fingerprint(tokenizer.files["tokenizer.json"], folder / "tokens.u32", starts, rows)
     np.savez(folder / "documents.npz", starts=np.array(starts), regions=regions, is_chat=is_chat,
              fingerprint=name)
 
@@ -695,8 +695,10 @@ def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter
     elif chosen.kind == "random":
         random = np.random.default_rng([chosen.seed, 5])
         kept = (places[random.random(len(places)) < chosen.value] for places, _ in chunks())
-    else:
+    elif chosen.kind == "threshold":
         kept = (places[values > chosen.value] for places, values in chunks())
+    else:
+        raise ValueError(f"filter {chosen.kind!r}: it is threshold, top or random")
     return QuestionSet(corpus, entropy, _on_disk(map(reached, kept), np.int64))
 
 

@@ -266,7 +266,8 @@ R1 = ("{{bos_token}}{%- for message in messages %}{%- if message['role'] == 'use
 LLAMA2 = ("{{ bos_token }}{% for message in messages %}{{ '[INST] ' + message['content'].strip() + "
           "' [/INST]' }}{% endfor %}")
 OF_QWEN = ("</s>", "<|im_start|>", "<|im_end|>")
-OF_LLAMA3 = ("</s>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+OF_LLAMA3 = ("</s>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+             "<|start_header_id|>assistant")  # one begins with another
 OF_R1 = ("</s>", "<｜User｜>", "<｜Assistant｜>", "<s>", "<think>", "</think>")
 SMOL = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\n")
@@ -287,6 +288,8 @@ FAMILIES = {  # template, tokenizer, the text around the prompt: before, behind,
               THINK, ""),
     "Llama 2": (LLAMA2, sentencepiece("prepend"), "<s>[INST] ", " [/INST]", THINK, ""),
     "Mistral": (LLAMA2, sentencepiece("first"), "<s>[INST] ", " [/INST]", THINK, ""),
+    "no bos": ("{{ '[INST] ' + messages[0]['content'] }}{{ '!' }}\n", sentencepiece("first"),
+               "[INST] ", "!", THINK, ""),
     "none": (None, byte_level(), "", "\n", THINK, ""),
     "none, SentencePiece": (None, sentencepiece("always"), "<s>", "\n", THINK, ""),
 }
