@@ -463,7 +463,7 @@ def growth(folder: Path) -> str:
     rows, evals = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
                    for name in ("metrics.jsonl", "evals.jsonl"))
     some = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
-    lines = [f"{key:>10}" + "".join(f"{row[key]:8.4g}" for row in some)
+    lines = [f"{key:>10}" + "".join(f"{row.get(key, math.nan):8.4g}" for row in some)
              for key in ("step", "reward", "length")]
     for exam in [name for name in (evals[0] if evals else ()) if name != "step"]:
         sat = [row for row in evals if exam in row]

@@ -176,9 +176,12 @@ def prepare(run: Run, method: Method) -> Setup:
     evaluation.check_length(config, needed, f"{source}: --max-prompt and --max-response")
     if run.stage != "ntp":
         data.prompt_ids(tokenizer, Question((), (), 0, 0), method.template, method.max_prompt)
-    for file in filter(None, (run.answers, run.choices)):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file}: no such file of questions")
+    evaluation.answer_questions(run.answers, tokenizer)  # read again when they are asked
+    evaluation.read_choices(run.choices)
+    out = Path(run.out).absolute()
+    place = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"--out {run.out}: {place} cannot be written")
     if problem := belongs_elsewhere(Path(run.out), settings(run, method), {}):
         raise ValueError(problem)
     return Setup(run, method, device, source, tokenizer)
@@ -661,15 +664,19 @@ def next_token_step(model: Transformer, optimizer: torch.optim.Optimizer,
                       "time": {"train": seconds, "train_tokens_per_s": trained / seconds}}
 
 
+def check_left(count: int, run: Run) -> None:
+    """ValueError if what is held out leaves nothing."""
+    if not count:
+        raise ValueError(f"{run.corpus}: --holdout {run.holdout} leaves no document to train on")
+
+
 def ntp_stage(setup: Setup) -> Policy:
     """Next-token prediction on a corpus: plain text, or the responses of prompt and response
     rows."""
     run, method = setup.run, setup.method
     corpus = data.load_corpus(run.corpus, setup.tokenizer, setup.cache, run.holdout, run.seed)
     sequences = data.sequences(corpus, method.max_prompt)
-    if not len(sequences):
-        raise ValueError(f"{run.corpus}: no document is left to train on beside "
-                         f"{run.holdout} held-out ones")
+    check_left(len(sequences), run)
 
     def one_step(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> tuple[list, dict]:
         chosen = data.random_indices(len(sequences), run.seed, step, 0, method.questions)
@@ -695,9 +702,11 @@ def rl_stage(setup: Setup, reward: Callable, one_step: Callable,
     inputs = {"model": fingerprint(setup.source)}
     if run.stage == "rlvr":
         questions, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
+        check_left(len(questions), run)
         inputs["corpus"] = fingerprint(*((q.context, q.answer) for q in (*questions, *held)))
     else:
         corpus = data.load_corpus(run.corpus, tokenizer, setup.cache, run.holdout, run.seed)
+        check_left((corpus.split == data.TRAIN).sum(), run)
         proxy = resolve(run.proxy or setup.source)
         where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
                                run.region, run.seed)
@@ -705,8 +714,6 @@ def rl_stage(setup: Setup, reward: Callable, one_step: Callable,
             corpus, evaluation.Proxy(proxy, setup.cache, method.max_prompt, setup.device,
                                      DTYPES[run.dtype]), where)
         inputs |= {"corpus": corpus.fingerprint, "proxy": fingerprint(proxy)}
-    if not len(questions):
-        raise ValueError(f"{run.corpus}: --holdout {run.holdout} leaves no document to train on")
     print0(about)
 
     def step_of_run(policy: Policy, optimizer: torch.optim.Optimizer,

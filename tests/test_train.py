@@ -1,49 +1,74 @@
-"""train.py as a user meets it: arguments, errors, logs, resuming, signals, damaged checkpoints, the plan."""
+"""train.py as a user meets it: the first command, arguments, errors, logs, resuming, signals,
+damaged checkpoints, the stages."""
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
+import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import data
+import rpt
 import train
-from data import Tokenizer
+from data import Question, Tokenizer, load_corpus
+from helpers import ROOT, assert_rounds_to, exact_gradient, tiny
 from model import load_pretrained
-from rpt import Method
+from rpt import Completion, Group, Method
+from worker import by_length
 
-ROOT = Path(train.__file__).parent
-SMALL = ["--steps", "3", "--questions", "5", "--group-size", "4", "--max-response", "40", "--holdout", "40",
-         "--select", "0.3", "--save-every", "1", "--lr", "0.002"]
+EPSILON = 2**-23
 
 
-def small(toy, out, *more):
-    return ["--model", str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"), "--out", str(out), *SMALL,
-            *map(str, more)]
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """The first command of the README with small numbers, and what else is given."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def arguments(out, *more):
+        return list(map(str, ["--out", out, "--cache", cache, "--steps", 3, "--questions", 5,
+                              "--group-size", 4, "--max-response", 40, "--holdout", 40,
+                              "--save-every", 1, "--keep", 3, "--eval-questions", 6, *more]))
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main(command(out))
+    (out / "said").write_text(said.getvalue())
+    return out
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def results(out):
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Everything a run leaves but its times, comparable."""
+    metrics = rows(out / "metrics.jsonl")
     for row in metrics:
         row.pop("time")
-    return metrics, (out / "rollouts.jsonl").read_text(), load_file(next((out / "model").glob("*.safetensors")))
+    (weights,) = (out / "model").glob("*.safetensors")
+    logs = [(out / name).read_text() for name in ("rollouts.jsonl", "evals.jsonl")]
+    bits = {name: t.view(torch.int32).tolist() for name, t in load_file(weights).items()}
+    return metrics, *logs, bits
 
 
-def assert_bitwise(a, b):
-    assert a[0] == b[0] and a[1] == b[1]
-    assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
-
-
-def refused(capsys, *arguments):
+def refused(capsys, arguments):
     """The one sentence with which train.py refuses its arguments or inputs."""
     with pytest.raises(SystemExit) as stop:
         train.main(list(map(str, arguments)))
@@ -52,66 +77,107 @@ def refused(capsys, *arguments):
     return error.splitlines()[-1] if "usage:" in error else error
 
 
-@pytest.fixture(scope="module")
-def run(toy, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    train.main(small(toy, out))
+# ---- the first command
+
+
+def test_the_first_command_leaves_its_table_metrics_rollouts_evaluations_and_model(toy, run):
+    said = (run / "said").read_text()
+    for words in ("held-out in %", "answers in %", "choices in %", "step 0, standard",
+                  "step 3, reasoning", "a rollout:", f"model written to {run}/model"):
+        assert words in said
+    metrics = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert all(row["groups"] == 5 and row["responses"] == 20 for row in metrics)
+    speeds = {"prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s", "rollout"}
+    assert speeds <= metrics[0]["time"].keys() and any(row["informative"] for row in metrics)
+    rollouts = rows(run / "rollouts.jsonl")
+    assert len(rollouts) == 3 * 5 * 4 and all(row["kept"] for row in rollouts)
+    for row in rollouts:
+        boxed = row["response"].rpartition("\\boxed{")[2].partition("}")
+        assert not row["finished"] or row["prediction"] == (boxed[0] if boxed[1] else None)
+        right = row["prediction"] and row["truth"].startswith(row["prediction"])
+        assert row["reward"] in (0, 1) and (not row["reward"] or right)
+    before, after = rows(run / "evals.jsonl")
+    assert (before["step"], after["step"]) == (0, 3)
+    for exam, split in (("held-out", "easy"), ("answers", "all"), ("choices", "all")):
+        assert before[exam][split]["questions"] == 6 and len(after[exam][split]["reasoning"]) == 3
+    model, base = (load_pretrained(folder) for folder in (run / "model", toy / "base"))
+    pairs = zip(model.parameters(), base.parameters())
+    assert all(not torch.equal(p, q) for p, q in pairs)
+    tokenizers = [Tokenizer.from_dir(folder) for folder in (run / "model", toy / "base")]
+    assert len({tuple(tokenizer.chat("Next?")) for tokenizer in tokenizers}) == 1
+
+
+def test_held_out_documents_are_never_asked_about(toy, command, run):
+    corpus = load_corpus(toy / "corpus.jsonl", Tokenizer.from_dir(toy / "base"),
+                         Path(command(run)[3]), 40, 0)
+    asked = {row["document"] for row in rows(run / "rollouts.jsonl")}
+    assert asked and all(corpus.split[document] == data.TRAIN for document in asked)
+
+
+def test_metrics_are_of_all_that_was_drawn(run):
+    """A right, a wrong, a half right and an unfinished response; one group that was replaced."""
+    said = [Completion([1] * n, [0.0] * n, n < 4) for n in (1, 2, 3, 4)]
+    boxed = b"</think>\\boxed{A}"
+    texts, earned = [boxed, b"", boxed, boxed], [1.0, 0.0, 0.5, 0.0]
+    groups = [Group((0, n), Question((), (), 0, 0), [1], said, texts, rewards, [0.0] * 4, kept)
+              for n, (rewards, kept) in enumerate([(earned, True), ([0.0] * 4, False)])]
+    got = train.rollout_metrics(groups)
+    assert got == pytest.approx({
+        "reward": 1.5 / 8, "accuracy": 1 / 8, "length": 2.5, "truncated": 1 / 4, "parsed": 1 / 2,
+        "kept": 1 / 2, "all_right": 0, "all_wrong": 1 / 2, "groups": 2, "responses": 8,
+        "length_max": 4, "informative_expected": (1 - 0.25**4 - 0.75**4) / 2}, rel=1e-15)
+
+
+def test_the_log_of_rollouts_can_be_bounded(command, run, tmp_path):
+    train.main(command(tmp_path / "run", "--steps", 1, "--log-questions", 1))
+    some = rows(tmp_path / "run" / "rollouts.jsonl")
+    assert some == [row for row in rows(run / "rollouts.jsonl")
+                    if row["question"][1] == 0 and row["step"] == 0]
+
+
+# ---- going on
+
+
+@pytest.fixture
+def stopped(run, tmp_path):
+    """A copy of the run as if it had been killed in its second step."""
+    out = shutil.copytree(run, tmp_path / "stopped")
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 1, "half a li')
     return out
 
 
-# ---- a run and its folder
+def test_an_interrupted_or_finished_run_goes_on_bitwise(command, run, stopped):
+    for _ in range(2):
+        train.main(command(stopped))
+        assert results(run) == results(stopped)
 
 
-def test_a_run_leaves_its_metrics_rollouts_checkpoint_and_model(toy, run):
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == [0, 1, 2]
-    wanted = {"reward", "accuracy", "parsed", "truncated", "length", "length_max", "all_right", "all_wrong", "entropy",
-              "grad_norm", "logprob_diff", "logprob_diff_max", "flops", "informative", "skipped", "time"}
-    trained = next(row for row in metrics if row["informative"])
-    assert wanted <= set(trained) and trained["logprob_diff_max"] < 1e-4
-    assert {"seconds", "prefill", "decode", "train", "prefill_tokens_per_s", "decode_tokens_per_s",
-            "train_tokens_per_s"} <= set(trained["time"])
-    rollouts = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 3 * 5 * 4 and {row["step"] for row in rollouts} == {0, 1, 2}
-    assert {"document", "position", "context", "truth", "response", "prediction", "reward", "advantage",
-            "finished"} <= set(rollouts[0])
-    model, tokenizer = load_pretrained(run / "model"), Tokenizer.from_dir(run / "model")
-    base = load_pretrained(toy / "base" / "model")
-    moved = [n for (n, p), q in zip(model.named_parameters(), base.parameters()) if not torch.equal(p, q)]
-    assert len(moved) > 10 and tokenizer.encode("The ball") and len(list((run / "checkpoints").glob("step-*"))) == 2
-
-
-def test_an_interrupted_run_goes_on_bitwise(toy, run, tmp_path):
-    out = tmp_path / "run"
-    train.main(small(toy, out, "--steps", 1))
-    with open(out / "metrics.jsonl", "a") as log:
-        log.write('{"step": 1, "half a li')  # what a kill leaves behind the last checkpoint
-    with open(out / "rollouts.jsonl", "a") as log:
-        log.write('{"step": 1}\n' * 3)
-    train.main(small(toy, out))
-    assert_bitwise(results(run), results(out))
-
-
-def test_the_log_of_rollouts_can_be_bounded(toy, run, tmp_path):
-    train.main(small(toy, tmp_path / "run", "--steps", 2, "--log-questions", 1))
-    rows = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
-    assert rows == [line for line in (run / "rollouts.jsonl").read_text().splitlines()
-                    if json.loads(line)["question"][1] == 0 and json.loads(line)["step"] < 2]
-
-
-def test_a_finished_run_repeats_nothing(toy, run, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    train.main(small(toy, out))
-    assert_bitwise(results(run), results(out))
+def test_a_deleted_log_begins_again_where_the_run_does(command, run, stopped):
+    (stopped / "metrics.jsonl").unlink()
+    train.main(command(stopped))
+    assert [row["step"] for row in rows(stopped / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(toy, run, tmp_path, capsys, damage):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
-    file = next(newest.glob("*.distcp"))
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(command, run, tmp_path, capsys,
+                                                                   damage):
+    out = shutil.copytree(run, tmp_path / "run")
+    newest = out / "checkpoints" / "step-000003"
+    spoil(newest, damage)
+    train.main(command(out, "--keep", 1))
+    said = capsys.readouterr().out
+    assert "step-000003 is damaged" in said and "going on after step 2" in said
+    assert results(run) == results(out)
+    assert [c.name for c in train.checkpoints(out)] == ["step-000003"]  # the good one
+    assert len(list((out / "checkpoints").glob("damaged-*"))) == 1
+
+
+def spoil(checkpoint, damage):
+    file = next(checkpoint.glob("*.distcp"))
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -121,228 +187,342 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(toy, run, tmp_p
     elif damage == "remove":
         file.unlink()
     else:
-        (newest / "state.json").write_text("{")
-    train.main(small(toy, out))
-    said = capsys.readouterr()
-    assert f"{newest.name} is damaged" in said.out + said.err and "going on after step 2" in said.out + said.err
-    assert_bitwise(results(run), results(out))
+        (checkpoint / "state.json").write_text("{")
 
 
-def test_a_folder_is_one_configurations(toy, run, capsys):
-    error = refused(capsys, *small(toy, run, "--lr", 0.5))
-    assert "belongs to another configuration" in error and "lr was 0.002, now 0.5" in error
+def test_without_an_intact_checkpoint_nothing_is_begun_anew(command, stopped, capsys):
+    spoil(stopped / "checkpoints" / "step-000001", "flip")
+    logged = (stopped / "metrics.jsonl").read_text()
+    for _ in range(2):  # and it stays so
+        assert "no checkpoint is intact" in refused(capsys, command(stopped))
+        assert (stopped / "metrics.jsonl").read_text() == logged
 
 
-def test_a_folder_is_one_runs(toy, run, capsys):
-    holder = open(run / "lock", "w")
-    train.fcntl.flock(holder, train.fcntl.LOCK_EX | train.fcntl.LOCK_NB)
-    assert "another run is writing" in refused(capsys, *small(toy, run))
-    holder.close()
+def test_checkpoints_are_ordered_by_their_step(tmp_path):
+    for step in (1_000_000, 999_999, 5):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [int(c.name[5:]) for c in train.checkpoints(tmp_path)] == [5, 999_999, 1_000_000]
 
 
-def test_a_read_only_folder_is_refused(toy, tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    folder = Path("/sys") if os.geteuid() == 0 else tmp_path  # root may write everywhere but there
-    said = refused(capsys, *small(toy, folder / "run"))
-    assert str(folder / "run") in said and re.search("cannot be written|not permitted|denied|Read-only", said)
+def test_a_folder_is_one_configurations_and_one_runs(command, stopped, capsys):
+    error = refused(capsys, command(stopped, "--lr", 0.5))
+    assert "belongs to another configuration (lr was 0.0005, now 0.5)" in error
+    with open(stopped / "lock", "w") as holder:
+        train.fcntl.flock(holder, train.fcntl.LOCK_EX | train.fcntl.LOCK_NB)
+        assert "another run is writing" in refused(capsys, command(stopped))
+
+
+def test_a_folder_without_a_finished_step_belongs_to_nobody(command, tmp_path, capsys):
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train.main(command(out), one_step=broken)
+    train.main(command(out, "--lr", 0.5, "--steps", 1))
+    assert len(rows(out / "evals.jsonl")) == 2
+
+
+def test_identity_is_content_and_not_where_it_stands(toy, command, run, stopped, tmp_path, capsys,
+                                                     monkeypatch):
+    world = shutil.copytree(toy, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    names = "--model", "elsewhere/base", "--corpus", "elsewhere/corpus.jsonl", "--recipe", "toy"
+    out = stopped.rename(tmp_path / "moved")
+    train.main(command("moved", *names))
+    assert results(run) == results(out)
+    (weights,) = (world / "base").glob("*.safetensors")
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
+    assert "the content of the model is another one" in refused(capsys, command(out, *names))
+    with open(world / "corpus.jsonl", "a") as corpus:
+        corpus.write('{"problem": "The ball is under A.", "solution": "It is under A."}\n')
+    error = refused(capsys, command(out, *names, "--model", toy / "base", "--proxy", toy / "base"))
+    assert "the content of the corpus is another one" in error
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(command, run, stopped, capsys,
+                                                                   monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", full)
+    assert "No space left on device" in refused(capsys, command(stopped))
+    monkeypatch.undo()
+    train.main(command(stopped))
+    assert results(run) == results(stopped)
+
+
+# ---- what goes wrong on the way
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_so(toy, tmp_path, number):
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_so(command, run, tmp_path, capsys,
+                                                                number):
+    def step(policy, optimizer, draw, step, *how):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return rpt.rpt_step(policy, optimizer, draw, step, *how)
+
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *small(toy, out, "--steps", 500, "--save-every", 1000)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
-        time.sleep(0.1)
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2:
-            break
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and f"stopped by {number.name}" in said
-    (checkpoint,) = (out / "checkpoints").glob("step-*")
-    logged = (out / "metrics.jsonl").read_text().splitlines()
-    assert len(logged) == json.loads((checkpoint / "state.json").read_text())["step"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(out, "--save-every", 100), one_step=step)
+    assert stop.value.code == 128 + number
+    assert f"stopped by {number.name} after step 1" in capsys.readouterr().out
+    assert [c.name for c in train.checkpoints(out)] == ["step-000002"]
+    train.main(command(out, "--save-every", 100))
+    assert results(run) == results(out)
 
 
-def test_three_steps_without_finite_numbers_stop_the_run(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train.REWARDS, "prefix", lambda responses, question, policy: [float("nan")] * len(responses))
-    error = refused(capsys, *small(toy, tmp_path / "run", "--steps", 10))
-    assert "3 steps in a row" in error and "last good checkpoint" in error
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+def test_an_interrupted_measurement_is_one_sentence(command, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.evaluation, "corpus_entropy", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on") as stop:
+        train.main(command(tmp_path / "run"))
+    assert stop.value.code not in (0, None) and not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(toy, run, tmp_path, capsys, monkeypatch):
-    out, save = tmp_path / "run", dcp.save
+def test_out_of_memory_says_what_to_lower(command, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 8 GiB\nand so on")
 
-    def full(*args, **kwargs):
-        if len(list((out / "checkpoints").glob("step-*"))) == 2:
-            raise OSError(28, "No space left on device")
-        return save(*args, **kwargs)
+    monkeypatch.setattr(rpt, "policy_loss", full)
+    with pytest.raises(SystemExit, match=r"\(Tried to allocate 8 GiB\): lower --micro-tokens"):
+        train.main(command(tmp_path / "run"), reward=by_length)
 
-    monkeypatch.setattr(dcp, "save", full)
-    assert "No space left on device" in refused(capsys, *small(toy, out))
-    monkeypatch.undo()
-    train.main(small(toy, out))
-    assert_bitwise(results(run), results(out))
+
+def test_three_steps_without_finite_numbers_stop_a_run_however_often_it_is_started(
+        command, tmp_path, capsys):
+    def nans(responses, question, policy):
+        return [float("nan")] * len(responses)
+
+    out = tmp_path / "run"
+    train.main(command(out, "--steps", 2), reward=nans)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(out, "--steps", 9), reward=nans)
+    assert stop.value.code == 2 and "3 steps in a row" in capsys.readouterr().err
+    assert [row["skipped"] for row in rows(out / "metrics.jsonl")] == [1, 1]
+
+
+def test_that_nothing_is_learned_is_said_once_however_often_a_run_is_started(
+        command, tmp_path, capsys):
+    for steps in (2, 5):
+        train.main(command(tmp_path / "run", "--steps", steps, "--eval-questions", 0),
+                   reward=lambda responses, question, policy: [1.0] * len(responses))
+    warnings = [row.get("warning", "") for row in rows(tmp_path / "run" / "metrics.jsonl")]
+    assert "every response is right" in warnings[2] and not any(warnings[:2] + warnings[3:])
+    assert capsys.readouterr().out.count("no group was informative for 3 steps") == 1
+
+
+@pytest.mark.parametrize("figures, words", [
+    ({"parsed": 0}, "no response holds a prediction"), ({"truncated": 1}, "no response ends"),
+    ({}, "rewards of each group are equal")])
+def test_the_warning_gives_the_likely_reason(figures, words):
+    metrics = {"skipped": 0, "informative": 0, "parsed": 0.5, "truncated": 0.5, "all_right": 0}
+    patience = train.Patience(idle=2)
+    patience.see(7, metrics | {"informative": 1})
+    assert patience.idle == 0
+    patience.idle = 2
+    patience.see(8, metrics := metrics | figures)
+    assert words in metrics["warning"]
 
 
 # ---- stages
 
 
-def test_bfloat16_computes_on_float32_masters(toy, tmp_path):
-    """The accelerator's way on one process of a CPU: sharded float32 masters, recomputed blocks, a bounded cache."""
-    arguments = small(toy, tmp_path / "run", "--dtype", "bfloat16", "--cache-tokens", 400, "--checkpoint-activations",
-                      "--lr", 1e-6)
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+def test_bfloat16_computes_on_float32_masters(toy, command, tmp_path):
+    """The accelerator's way on one process of a CPU: sharded float32 masters, recomputed blocks, a
+    bounded cache."""
+    out = tmp_path / "run"
+    arguments = command(out, "--dtype", "bfloat16", "--cache-tokens", 400, "--lr", 1e-6,
+                        "--checkpoint-activations", "--eval-questions", 0)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True,
+                          text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["skipped"] == 0 for row in rows) and any(0 < row.get("logprob_diff", 0) < 0.05 for row in rows)
-    before, after = load_pretrained(toy / "base" / "model"), load_pretrained(tmp_path / "run" / "model")
-    moved = torch.cat([(p - q).abs().flatten() for p, q in zip(before.parameters(), after.parameters())])
-    # steps of 1e-6, which bfloat16 masters would lose
-    assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.3
+    metrics = rows(out / "metrics.jsonl")
+    assert all(row["skipped"] == 0 for row in metrics)
+    # of a log-probability below 16, by both sides, from logits with 8 bits
+    assert any(0 < row.get("logprob_diff", 0) < 2 * 16 * 2**-8 for row in metrics)
+    before, after = load_pretrained(toy / "base"), load_pretrained(out / "model")
+    moved = torch.cat([(p - q).abs().flatten()
+                       for p, q in zip(before.parameters(), after.parameters())])
+    # three steps of 1e-6, which bfloat16 masters would lose; one of AdamW's is at most 10 times lr
+    assert 0 < moved.max() < 3e-5 and (moved > 0).float().mean() > 0.3
 
 
-def test_next_token_prediction_lowers_its_loss_on_a_corpus(toy, tmp_path):
-    train.main(small(toy, tmp_path / "run", "--stage", "ntp", "--steps", 24, "--questions", 16, "--lr", 0.005))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
+def test_one_next_token_step_is_the_mean_over_all_trained_tokens():
+    """Also of sequences of which only an end is trained."""
+    model, random = tiny(), torch.Generator().manual_seed(0)
+    sequences = [(torch.randint(40, (n,), generator=random).tolist(), first)
+                 for n, first in ((9, 1), (30, 20), (5, 0), (12, 3))]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    method = Method(grad_clip=1e9, micro_tokens=40)
+    metrics = train.next_token_step(model, torch.optim.SGD(model.parameters(), lr=1.0), sequences,
+                                    method)
+    trained = 8 + 10 + 4 + 9
+    texts = [(ids[: max(first, 1)], ids[max(first, 1):]) for ids, first in sequences]
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    model.load_state_dict(before)
+    exact, scale = exact_gradient(model, [(p, ids, [-1 / trained] * len(ids)) for p, ids in texts])
+    for name, got in moved.items():  # 128 roundings of the gradient, and one of the weight
+        size = scale[name] + before[name].abs().max() / 128
+        assert_rounds_to(got, exact[name], 128, size)
+    assert metrics["trained_tokens"] == trained
 
 
-def test_verifiable_rewards_train_on_questions_and_answers(toy, tmp_path):
-    train.main(["--model", str(toy / "base" / "model"), "--corpus", str(toy / "answers.jsonl"),
-                "--out", str(tmp_path / "run"), *SMALL, "--stage", "rlvr"])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    assert any(row["reward"] == 1 for row in rows) and any(row["reward"] == 0 for row in rows)
-    assert all(row["context"].rstrip().endswith("Where is the ball?") for row in rows)
+def test_next_token_training_sees_every_document_but_the_held_out_ones(toy, command, tmp_path,
+                                                                      monkeypatch):
+    """Each with its end token; and the loss falls."""
+    seen, original = [], train.next_token_step
+
+    def note(model, optimizer, sequences, method):
+        seen.extend(tuple(ids) for ids, _ in sequences)
+        return original(model, optimizer, sequences, method)
+
+    monkeypatch.setattr(train, "next_token_step", note)
+    corpus = tmp_path / "few.jsonl"
+    lines = (toy / "corpus.jsonl").read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines[:60]))
+    out = tmp_path / "run"
+    train.main(command(out, "--stage", "ntp", "--corpus", corpus, "--model", toy / "base",
+                       "--recipe", "toy", "--holdout", 20, "--questions", 40, "--steps", 4))
+    assert [len(row["perplexity"]) for row in rows(out / "evals.jsonl")] == [3, 3]
+    losses = [row["loss"] for row in rows(out / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    tokenizer = Tokenizer.from_dir(toy / "base")
+    texts = [d.text for d in data.read_corpus(corpus)]
+    split = load_corpus(corpus, tokenizer, Path(command(out)[3]), 20, 0).split
+    wanted = {tuple(tokenizer.bos + tokenizer.encode(text) + tokenizer.eos_ids[:1])
+              for text, part in zip(texts, split) if part == data.TRAIN}
+    assert set(seen) == wanted
+
+
+def test_verifiable_rewards_train_on_questions_and_show_the_expected_answer(toy, command, tmp_path):
+    out = tmp_path / "run"
+    corpus = toy / "answers.jsonl"
+    train.main(command(out, "--stage", "rlvr", "--recipe", "toy", "--corpus", corpus))
+    rollouts = rows(out / "rollouts.jsonl")
+    answers = {row["problem"][-20:]: row["answer"] for row in rows(toy / "answers.jsonl")}
+    assert {row["reward"] for row in rollouts} == {0, 1}
+    assert all(row["context"].endswith(tuple(answers)) for row in rollouts)
+    assert all((row["prediction"] == row["truth"]) == (row["reward"] == 1) for row in rollouts)
+    assert rows(out / "evals.jsonl")[1]["held-out"]["all"]["questions"] == 6
 
 
 @pytest.mark.parametrize("reward", ["first-token", "dense", "conditional-dense", "format"])
-def test_every_reward_trains(toy, tmp_path, reward):
-    train.main(small(toy, tmp_path / "run", "--steps", 1, "--reward", reward))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    assert all(0 <= row["reward"] <= 1 for row in rows)
+def test_every_reward_trains(command, tmp_path, reward):
+    train.main(command(tmp_path / "run", "--steps", 1, "--reward", reward, "--eval-questions", 0))
+    assert all(0 <= row["reward"] <= 1 for row in rows(tmp_path / "run" / "rollouts.jsonl"))
 
 
-def test_held_out_documents_are_never_asked_about(toy, run):
-    held = {d.id for d in train.data.split_holdout(train.read_corpus(toy / "corpus.jsonl"), 40, 0)[1]}
-    asked = {json.loads(line)["document"] for line in (run / "rollouts.jsonl").read_text().splitlines()}
-    assert asked and not asked & held
+def test_the_optimizer_is_the_adamw_that_was_asked_for(command, tmp_path):
+    seen = {}
+
+    def step(policy, optimizer, *how):
+        seen.update(optimizer.param_groups[0], kind=type(optimizer))
+        return rpt.rpt_step(policy, optimizer, *how)
+
+    train.main(command(tmp_path / "run", "--steps", 1, "--lr", 0.003, "--weight-decay", 0.07,
+                       "--beta2", 0.97, "--eval-questions", 0), one_step=step)
+    assert seen["kind"] is torch.optim.AdamW and len(seen["params"]) > 10
+    assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (0.003, (0.9, 0.97), 0.07)
 
 
 # ---- arguments and bad input
 
 
-def test_every_option_has_a_line_of_documentation_and_recipes_name_only_options():
-    known = {f.name for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind)}
-    assert all(f.metadata["help"] for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind))
-    for defaults in (*train.RECIPES.values(), *train.STAGES.values(), train.TOY_BASE):
-        assert set(defaults) <= known
-    assert set(train.FREE) <= known
+def numbers():
+    """Every option that is a number."""
+    return [f for kind in (train.Run, Method) for f in dataclasses.fields(kind)
+            if f.type in (int, float)]
 
 
-def test_the_papers_recipe_has_the_papers_numbers():
-    run, method, _ = train.parse(["--recipe", "paper", "--model", "m", "--corpus", "c"])
-    assert (method.questions, method.group_size, method.temperature, method.max_prompt, method.max_response) == (
-        256, 8, 0.8, 4096, 8192)
-    assert (run.lr, run.weight_decay, run.beta2, run.steps, method.dynamic_from, method.template) == (
-        1e-6, 0.01, 0.999, 1000, 500, "v0")
+def test_every_option_is_documented_every_number_has_a_limit_and_recipes_name_only_options():
+    known = {f.name: f.metadata for kind in (train.Run, Method) for f in dataclasses.fields(kind)}
+    assert all(metadata["help"] for metadata in known.values())
+    assert all({"at_least", "above"} & f.metadata.keys() for f in numbers())
+    for defaults in (*train.RECIPES.values(), *train.STAGES.values()):
+        assert defaults.keys() <= known.keys()
+    assert set(train.FREE) <= known.keys()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--group-size", 1], "at least 2"), (["--no-such-option", 1], "unrecognized arguments"),
-    (["--steps", "many"], "invalid int"), (["--steps", 0], "--steps 0"), (["--temperature", 0], "--temperature"),
-    (["--template", "v9"], "v9"), (["--reward", "nice"], "invalid choice"), (["--questions", "-3"], "--questions -3"),
-    (["--max-refills", -1], "--max-refills -1"), (["--decay", "nan"], "--decay nan"),
-    (["--stage", "rlvr", "--reward", "gain"], "no next token")])
-def test_a_bad_argument_is_one_sentence(toy, tmp_path, capsys, arguments, words):
-    assert words in refused(capsys, *small(toy, tmp_path / "run"), *arguments)
+@pytest.mark.parametrize("field", numbers(), ids=lambda field: field.name)
+def test_a_number_out_of_its_range_is_refused_before_any_work(command, tmp_path, capsys, field):
+    limits, step = field.metadata, 1 if field.type is int else 1e-9
+    bad = [math.nan, math.inf] if field.type is float else []
+    bad += [limits["at_least"] - step] if "at_least" in limits else [limits["above"]]
+    bad += [limits["at_most"] + step] if "at_most" in limits else []
+    for value in map(field.type, bad):
+        option = "--" + field.name.replace("_", "-")
+        assert f"{option} {value}: must be" in refused(
+            capsys, command(tmp_path / "run", f"{option}={value}"))
     assert not (tmp_path / "run").exists()
 
 
-def bad_corpus(path, content):
-    path.write_bytes(content)
-    return path
+@pytest.mark.parametrize("arguments, words", [
+    (["--no-such-option", 1], "unrecognized arguments"), (["--steps", "many"], "invalid int"),
+    (["--template", "v9"], "invalid choice"), (["--reward", "nice"], "invalid choice"),
+    (["--dtype", "float16"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
+    (["--filter", "top", "--filter-value", 5], "--filter-value 5.0"),
+    (["--stage", "rlvr", "--reward", "dense"], "no next token"), (["--holdout", 0], "--holdout 0"),
+    (["--reward", "answer"], "no answer"), (["--max-context", 2, "--min-context", 3], "below"),
+    (["--max-response", 10**6], "positions"), (["--max-prompt", 3], "template toy"),
+    (["--recipe", "toy", "--model", "/nowhere"], "no such model"),
+    (["--choices", ROOT / "toy" / "corpus.jsonl"], "expected question, options"),
+    (["--answers", ROOT / "toy" / "corpus.jsonl"], "has no `answer`"),
+    (["--out", ROOT / "train.py" / "run"], "cannot be written")])
+def test_a_bad_argument_is_one_sentence_before_any_work(command, tmp_path, capsys, arguments,
+                                                        words):
+    nothing = command(tmp_path / "run", "--cache", tmp_path / "cache")
+    assert words in refused(capsys, [*nothing, *arguments])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content, words", [
     (None, "no such corpus"), (b'{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
-    (b'{"text": "caf\xe9"}', "line 1: byte 13 is not UTF-8"), (b'{"text": " "}', "line 1: empty document"),
-    (b"", "no documents"),
-    (b'{"text": "ab"}\n' * 50, "no document is longer"), (b'[1, 2]', "expected a JSON object"),
-    (b'{"text": "The ball is under A."}\n', "leaves none to train on")])
-def test_a_bad_corpus_is_one_sentence(toy, tmp_path, capsys, content, words):
+    (b"", "no documents"), (b'{"text": "ab"}\n' * 50, "document"),
+    (b'{"text": "The ball is under A."}\n', "leaves no document")])
+def test_a_bad_corpus_is_one_sentence_and_leaves_no_run(command, tmp_path, capsys, content, words):
     corpus = tmp_path / "corpus.jsonl"
     if content is not None:
         corpus.write_bytes(content)
-    error = refused(capsys, *small(toy, tmp_path / "run"), "--corpus", corpus, "--min-context", 4)
-    assert words in error and "\n" not in error.strip()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    arguments = "--recipe", "toy", "--corpus", corpus, "--min-context", 4
+    error = refused(capsys, command(tmp_path / "run", *arguments))
+    assert words in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
 
 
-def test_no_position_above_the_threshold_is_one_error(toy, tmp_path, capsys):
-    assert "no position is left" in refused(capsys, *small(toy, tmp_path / "run"), "--select", 50)
-
-
-def damaged_model(toy, folder, damage):
-    shutil.copytree(toy / "base" / "model", folder)
-    weights = next(folder.glob("*.safetensors"))
+@pytest.mark.parametrize("damage, words", [
+    ("no config", "no config.json"), ("no weights", "no weights"), ("truncated", "corrupt"),
+    ("small vocabulary", "vocabulary only 100")])
+def test_a_bad_model_is_one_sentence(toy, command, tmp_path, capsys, damage, words):
+    folder = shutil.copytree(toy / "base", tmp_path / "model")
+    (weights,), config = folder.glob("*.safetensors"), folder / "config.json"
     if damage == "no config":
-        (folder / "config.json").unlink()
+        config.unlink()
     elif damage == "no weights":
         weights.unlink()
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "absurd header":
-        weights.write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    elif damage == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif damage == "no end token":
-        (folder / "tokenizer_config.json").write_text("{}")
-        (folder / "generation_config.json").unlink()
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     else:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(
-            config | {"vocab_size": 100} if damage == "small vocabulary" else {
-                k: v for k, v in config.items() if k != "hidden_size"}))
-    return folder
-
-
-@pytest.mark.parametrize("damage, words", [
-    ("no config", "no config.json"), ("no weights", "no weights"), ("truncated", "truncated or corrupt"),
-    ("absurd header", "truncated or corrupt"), ("no tokenizer", "no tokenizer.json"), ("no end token", "no end token"),
-    ("small vocabulary", "vocabulary only 100"), ("no hidden_size", "hidden_size")])
-def test_a_bad_model_is_one_sentence(toy, tmp_path, capsys, damage, words):
-    error = refused(capsys, *small(toy, tmp_path / "run"), "--model", damaged_model(toy, tmp_path / "model", damage))
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 100}))
+    arguments = command(tmp_path / "run", "--recipe", "toy", "--model", folder)
+    error = refused(capsys, arguments)
     assert words in error and "\n" not in error
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_hub_id_without_network_is_one_sentence(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "nor available from the hub" in refused(
-        capsys, *small(toy, tmp_path / "run"), "--model", "nobody/no-such-model")
-    assert "no such model directory" in refused(capsys, *small(toy, tmp_path / "run"), "--model", tmp_path / "nowhere")
-
-
-# ---- the plan
-
-
-def test_the_plan_counts_the_bytes_of_the_shards(capsys):
-    config = ROOT / "paper" / "configs" / "r1-distill-qwen-14b"
-    train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "8", "--memory", "80"])
-    said = capsys.readouterr().out
-    weights = float(re.search(r"master weights ([\d.]+)", said)[1])
-    assert weights == pytest.approx(14.77e9 * 4 / 8 / 1e9, rel=0.01)  # 14.77 billion parameters, published
-    assert float(re.search(r"rollout weights ([\d.]+)", said)[1]) == pytest.approx(29.5, rel=0.01)
-    assert "DOES NOT FIT as it is: --cache-tokens" in said
-    tokens = re.search(r"--cache-tokens (\d+) makes", said)[1]
-    train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "8", "--memory", "80",
-                "--cache-tokens", tokens])
-    assert "DOES NOT FIT" not in capsys.readouterr().out
-    train.main(["--recipe", "paper", "--model", str(config), "--plan", "--processes", "1", "--memory", "192"])
-    assert "DOES NOT FIT: weights and optimizer leave no room" in capsys.readouterr().out
+def test_recipes_are_the_papers_a_small_models_and_the_toys():
+    run, method = train.parse(["--recipe", "paper", "--model", "m", "--corpus", "c"])
+    assert (method.questions, method.group_size, method.temperature, method.max_prompt,
+            method.max_response) == (256, 8, 0.8, 4096, 8192)
+    assert (run.lr, run.weight_decay, run.beta2, run.steps, method.dynamic_from,
+            method.template) == (1e-6, 0.01, 0.999, 1000, 500, "v0")
+    for stage, named in itertools.product(("rpt", "ntp", "rlvr"), ("--model", "--corpus")):
+        others = {"--model": "--corpus", "--corpus": "--model"}[named]
+        run, method = train.parse(["--stage", stage, named, "m", others, "c"])
+        assert (run.recipe, run.lr, method.max_response) == ("small", 1e-5, 512)
+    run, method = train.parse([])
+    assert (run.recipe, Path(run.model), method.template) == ("toy", ROOT / "toy/base", "toy")
