@@ -263,10 +263,11 @@ def test_a_proxy_that_cannot_measure_this_text_is_refused(toy, corpus, tmp_path)
     (tmp_path / "config.json").write_text(few)
     with pytest.raises(ValueError, match=f"up to {longest} tokens, but the model only"):
         corpus_entropy(proxy, corpus)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace('"A"', '"\\u0000"').replace(
         '"B"', '"A"').replace('"\\u0000"', '"B"'))  # of the same size, but A and B are exchanged
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         corpus_entropy(proxy, corpus)
 
 
@@ -615,7 +616,7 @@ def test_a_run_with_answers_is_asked_its_held_out_questions(a_run, base, command
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
     rows, base = tmp_path / "rows.jsonl", str(toy / "base")
     rows.write_text('{"problem": "1 + 1?", "answer": "2"}\n{"problem": "1 + 2?"}\n')
-    few = ["--max-prompt", "128", "--max-response", "9"]
+    few = ["--max-prompt", "128", "--max-response", "9", "--cache", str(tmp_path / "cache")]
     corpus = ["--corpus", str(toy / "corpus.jsonl"), *few]
     for arguments, words in (
             (["nowhere/at/all"], "no such model directory"),
@@ -632,6 +633,7 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert not list(tmp_path.rglob("*.[uf]32"))  # said before any work
 
 
 if __name__ == "__main__":
