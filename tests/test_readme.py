@@ -1,71 +1,108 @@
-"""What the README says is so."""
+"""What the README and the papers beside it say is so: commands, options, links, messages."""
 
 import dataclasses
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import data
-import rpt
 import train
-from reward import REWARDS
-from rpt import Method
+from helpers import ROOT
 
-ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text()
-MODULES = ["model", "sampler", "reward", "data", "rpt", "train", "eval"]
-
-
-def test_every_message_of_the_error_table_is_in_the_code():
-    code = "".join((ROOT / f"{name}.py").read_text() for name in MODULES)
-    code = re.sub(r'"\s+f?"', "", code)  # strings that go on in the next line
-    rows = README[README.index("| you did | you see |"):README.index("## Speed and memory")].splitlines()[2:]
-    messages = [m.strip("`") for row in rows if row for m in re.findall(r"`(?:[^`\\]|\\`)+`", row.split("|")[2])]
-    missing = [m for m in messages if m.replace("\\`", "`") not in code]
-    assert len(messages) > 30 and not missing
+PAGES = [ROOT / "README.md", *sorted((ROOT / "paper").rglob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+CODE = {file: file.read_text() for folder in ("*.py", "paper/**/*.py", "tests/*.py", "toy/*.py")
+        for file in ROOT.glob(folder)}
+SMALL = {"train.py": ["--steps", "2", "--questions", "4", "--group-size", "4", "--holdout", "40",
+                      "--max-response", "40", "--eval-questions", "4"],
+         "eval.py": ["--questions", "4", "--max-response", "40"]}
 
 
-def test_every_link_and_named_function_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    for name, file, line in links:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b|{name}\b.* = ", text), f"{file}#L{line} is not {name}"
-    assert len(links) > 30
+def commands():
+    """Every command line of a page, in a block of code or in a line, as its words."""
+    blocks = re.findall(r"^( *)```bash\n(.*?)^\1```", TEXT, re.S | re.M)
+    lines = "\n".join(block for _, block in blocks) + "\n" + "\n".join(
+        re.findall(r"`((?:torchrun|python3?) [^`]+)`", TEXT))
+    lines = re.sub(r"\s*\\\n\s*", " ", lines)
+    return [shlex.split(part, comments=True) for line in lines.splitlines()
+            for part in line.split("&&") if part.strip() and not part.strip().startswith("#")]
 
 
-def test_the_results_are_the_output_of_the_command():
-    shown = README[README.index("<!-- miniature -->"):README.index("<!-- /miniature -->")]
-    assert shown.removeprefix("<!-- miniature -->").strip() == (ROOT / "paper/results/results.md").read_text().strip()
-    assert (ROOT / "paper/results/plan-14b.txt").read_text().count("training") >= 6
+def script_of(words):
+    """(train.py or paper.report or None, its arguments)"""
+    for n, word in enumerate(words[:6]):
+        if word.endswith(".py") or n and words[n - 1] == "-m":
+            return word, words[n + 1:]
+    return None, words
 
 
-def test_every_option_the_readme_names_exists():
-    known = {"--" + f.name.replace("_", "-")
-             for kind in (train.Run, Method, train.Plan) for f in dataclasses.fields(kind)}
-    known |= {"--no-" + f.name.replace("_", "-")
-              for kind in (train.Run, Method) for f in dataclasses.fields(kind) if f.type is bool}
-    known |= {"--nproc-per-node", "--max-restarts", "--quick", "--processes", "--kills", "--samples", "--only",
-              "--figures", "--choices"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+def test_every_command_line_names_what_exists_and_train_accepts_its_options():
+    found = [script_of(words) for words in commands()]
+    assert ("train.py", []) in found
+    for script, arguments in found:
+        if script == "train.py":
+            train.parse([word for word in arguments if word not in ("...", "…")])
+        elif script:
+            file = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+            assert (ROOT / file).is_file() or file == "change.py", script
 
 
-def snippets():
-    return re.findall(r"<!-- try: ([\w ]+) -->\n+```python\n(.*?)```", README, re.S)
+def test_what_runs_on_the_toy_runs_as_printed(tmp_path):
+    """The commands of the first page that need no other model, in their order, with few steps and
+    questions, from another folder."""
+    done, environment = [], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for words in commands():
+        script, arguments = script_of(words)
+        runs_toy = script == "train.py" and "--model" not in arguments and "--stage" not in arguments
+        of_run = script in ("eval.py", "paper.report") and "runs/toy" in arguments
+        if not (runs_toy or of_run) or words in done:
+            continue
+        done.append(words)
+        start = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        run = subprocess.run([sys.executable, *start, *arguments, *SMALL.get(script, [])],
+                             cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, f"{words}: {run.stderr[-2000:]}"
+    assert ["torchrun", "train.py"] in done
+    assert (tmp_path / "runs/toy/model/config.json").is_file()
 
 
-@pytest.mark.parametrize("name, code", snippets(), ids=[name for name, _ in snippets()])
-def test_a_change_it_recipe_works_as_printed(toy, tmp_path, monkeypatch, name, code):
-    """Each recipe is what one puts into a file beside train.py; it ends in a call of train.main."""
-    for reward in ("bolder", "brief"):
-        monkeypatch.setitem(REWARDS, reward, None)  # and whatever stands there later goes away again
-    small = ["--model", str(toy / "base" / "model"), "--corpus", str(toy / "corpus.jsonl"),
-             "--out", str(tmp_path / "run"), "--steps", "1", "--questions", "4", "--group-size", "3",
-             "--max-response", "30", "--holdout", "40", "--select", "0.3"]
-    monkeypatch.setattr(train.sys, "argv", ["change.py", *small])
-    for module, attribute in ((rpt, "group_advantages"), (data, "select_positions"), (data, "TOUCH")):
-        monkeypatch.setattr(module, attribute, getattr(module, attribute))  # what a recipe replaces is put back
-    exec(compile(code, name, "exec"), {"__name__": "__main__"})
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+def test_every_option_that_is_named_exists():
+    known = {"--" + f.name.replace("_", "-") for kind in (train.Run, train.Method)
+             for f in dataclasses.fields(kind)}
+    known |= {"--no-" + option[2:] for option in known} | {"--nproc-per-node", "--max-restarts"}
+    known |= {option for code in CODE.values() for option in re.findall(r'"(--[a-z][a-z-]+)"', code)}
+    for kind in vars(train.evaluation).values():
+        if dataclasses.is_dataclass(kind):
+            known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    assert len(named) > 10 and named <= known
+
+
+def test_every_message_of_a_table_of_errors_is_in_the_code():
+    code = re.sub(r'"\s+f?"', "", "\n".join(CODE.values()))  # strings that go on in the next line
+    rows = re.findall(r"^\| you did \| you see \|.*?\n\n", TEXT + "\n\n", re.S | re.M)
+    messages = [message.strip("`") for row in "".join(rows).splitlines()[2:]
+                for message in re.findall(r"`(?:[^`\\]|\\`)+`", row.split("|")[2] if "|" in row else "")]
+    missing = [message for message in messages if message.replace("\\`", "`") not in code]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for name, file, line in re.findall(r"\[`(\w+)`\]\(([\w/.]+\.py)#L(\d+)\)", text):
+        there = (page.parent / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b|{name}\b.* = ", there), f"{file}#L{line}: {name}"
+
+
+def test_the_law_table_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", (ROOT / "tests/README.md").read_text())
+    assert len(named) >= 12
+    for file, test in named:
+        assert f"def {test}(" in Path(ROOT / "tests" / f"{file}.py").read_text(), test
