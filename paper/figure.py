@@ -57,13 +57,8 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
 
 
 def tick_label(x: float) -> str:
-    """0.25, 3000, 40k, and 2x10^15 with a superscript."""
-    if x == 0 or 1e-3 <= abs(x) < 1e6:
-        return (f"{x / 1000:.6g}k" if abs(x) >= 1e4 else f"{x:.6g}").replace("-", "\u2212")
-    mantissa, exponent = f"{x:.5e}".split("e")
-    factor = "" if float(mantissa) == 1 else f"{float(mantissa):g}×".replace("-", "\u2212")
-    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    return factor + "10" + str(int(exponent)).translate(raised)
+    """0.25, 3000, 2e15"""
+    return f"{x:.6g}".replace("e+", "e").replace("-", "\u2212")
 
 
 def axis(values: Sequence[float | None], log: bool, start: float,

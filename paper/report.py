@@ -28,15 +28,13 @@ from paper.figure import escape, number, svg
 
 PAGE_BYTES = 4_000_000  # of rollouts in the page, about
 TEXT_CHARS = 30_000  # of one text in the page
-CURVE_POINTS = 600
 CSS, SCRIPT = (Path(__file__).with_name(f"report.{kind}").read_text() for kind in ("css", "js"))
 
 CURVES = (  # title, y axis, keys of metrics.jsonl
     ("Reward", "mean of a step", "reward"),
     ("Accuracy of rollouts", "share of responses", "accuracy"),
-    ("Groups whose responses differ", "share; expected: 1 − p^G − (1 − p)^G",
-     "informative_share informative_expected"),
-    ("Groups that are alike", "share", "all_right all_wrong"),
+    ("Groups", "share; expected informative: 1 − p^G − (1 − p)^G",
+     "all_right all_wrong informative_expected"),
     ("Format", "share of responses", "parsed truncated"),
     ("Response length", "tokens", "length length_max"),
     ("Entropy of the policy", "nats per token", "entropy"),
@@ -85,9 +83,6 @@ def read_json(path: Path) -> dict:
 def read_logs(folder: Path, alone: bool) -> Logs:
     """The logs of a run."""
     metrics = [row | (row.get("time") or {}) for row in read_lines(folder / "metrics.jsonl")]
-    for row in metrics:
-        if "all_right" in row:
-            row["informative_share"] = 1 - row["all_right"] - row["all_wrong"]
     evals = list(read_lines(folder / "evals.jsonl"))
     for row in evals:
         if "perplexity" in row:  # of stage ntp: no splits
@@ -101,13 +96,6 @@ def interval(value: object) -> list[float | None]:
     """[mean, low, high] if it is such a list, its bounds None where there is no spread; else []."""
     good = isinstance(value, list) and len(value) == 3 and number(value[0]) is not None
     return list(map(number, value)) if good else []
-
-
-def evenly(items: Sequence, count: int) -> list:
-    """At most `count` of the items, at least 2, at even distances, the first and last among them."""
-    if count >= len(items):
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -156,17 +144,14 @@ def curve_section(runs: Sequence[Logs]) -> dict:
     """What happened during training."""
     figures = []
     for title, unit, keys in CURVES:
-        series = []
-        for run in runs:
-            rows = evenly(run.metrics, CURVE_POINTS)
-            series += [curve(run.label + key.replace("_", " "), rows, [r.get(key) for r in rows])
-                       for key in keys.split() if any(key in row for row in rows)]
+        series = [curve(run.label + key.replace("_", " "), run.metrics,
+                        [row.get(key) for row in run.metrics])
+                  for run in runs for key in keys.split()
+                  if any(key in row for row in run.metrics)]
         if series:
             figures.append({"title": title, "x": "step", "y": unit, "series": series,
                             "log_y": "logprob" in keys})
-    most = max(len(run.metrics) for run in runs)
-    text = f"{CURVE_POINTS} of {most:,} steps, evenly spaced." if most > CURVE_POINTS else ""
-    return {"title": "Training", "text": text, "figures": figures}
+    return {"title": "Training", "figures": figures}
 
 
 def exam_section(runs: Sequence[Logs], exam: str) -> dict:
@@ -194,17 +179,12 @@ def exam_section(runs: Sequence[Logs], exam: str) -> dict:
 
 
 def header(runs: Sequence[Logs], title: str) -> str:
-    """What the runs are, and their settings."""
-    facts = []
-    for run in runs:
-        about = [f"{key} {run.settings[key]}" for key in ("stage", "model", "seed", "steps",
-                 "reward", "questions", "group_size", "lr") if run.settings.get(key)]
-        facts.append(f'<p class="quiet">{escape(run.name)}: {escape(", ".join(about))}</p>')
+    """What the runs are."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [[name, *(run.settings.get(name, "") for run in runs)] for name in names]
     table = table_html(["setting", *(run.name for run in runs)], rows)
-    return (f'<header><h1>{escape(title)}</h1>{"".join(facts)}'
-            f"<details><summary>All settings</summary>{table}</details></header>")
+    return (f"<header><h1>{escape(title)}</h1><details><summary>All settings</summary>{table}"
+            "</details></header>")
 
 
 # ------------------------------------------------------------------------------------- rollouts

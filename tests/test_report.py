@@ -201,12 +201,11 @@ def test_verifiable_questions_show_the_expected_answer_and_replaced_ones_say_so(
     assert "replaced" not in first["about"] and "replaced" in second["about"]
 
 
-def test_perplexity_and_groups_that_differ_are_in_the_page(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "all_right": 0.25, "all_wrong": 0.5}\n')
+def test_perplexity_is_in_the_page_and_null_is_no_point(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": null, "loss": 1}\n')
     (tmp_path / "evals.jsonl").write_text('{"step": 0, "perplexity": [1.81, 1.7, null]}\n')
     text = report.page([tmp_path])
-    assert "1.8 [1.7]" in text
-    assert report.read_logs(tmp_path, True).metrics[0]["informative_share"] == 0.25
+    assert "1.8 [1.7]" in text and text.count("<svg") == 3
 
 
 def test_nothing_to_show_is_one_sentence_and_exit_2(tmp_path, capsys):
@@ -316,9 +315,3 @@ def test_ticks_are_round_few_and_inside():
         assert 2 <= len(found) <= 7 and low - slack <= found[0] and found[-1] <= high + slack
         assert max(steps) - min(steps) <= 1e-6 * max(steps)
         assert float(f"{steps[0]:.3e}"[:5]) in (1, 2, 5)
-
-
-def test_tick_labels():
-    values = {0: "0", 0.25: "0.25", -3: "−3", 1500: "1500", 40_000: "40k", 1e6: "10⁶",
-              2e15: "2×10¹⁵", -5e-5: "−5×10⁻⁵"}
-    assert {value: figure.tick_label(value) for value in values} == values
