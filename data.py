@@ -302,11 +302,6 @@ class Document:
     prompt: str | None = None
     response: str | None = None
 
-    @property
-    def asked(self) -> str:
-        """By this documents are held out and near-duplicates judged."""
-        return self.prompt or self.text
-
 
 def _document(row: object, id: int, where: str) -> Document:
     """A JSON row: `text`, or problem (question) and solution, joined by an empty line, or prompt
@@ -442,8 +437,8 @@ def split_documents(texts: Callable[[], Iterable[str]], holdout: int, seed: int)
     """
     keys = [hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest() for text in texts()]
     split = np.full(len(keys), TRAIN, np.int8)
-    first = {key: document for document, key in reversed(list(enumerate(keys)))}  # of equals
-    split[[first[key] for key in sorted(first)[:holdout]]] = HELD_OUT
+    documents_of = dict(zip(keys, range(len(keys))))  # one for each text
+    split[[documents_of[key] for key in sorted(documents_of)[:holdout]]] = HELD_OUT
     held = {document: _word_runs(text) for document, text in enumerate(texts())
             if split[document] == HELD_OUT}
     owners = defaultdict(list)  # the held-out documents that a run occurs in
@@ -567,8 +562,8 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, hol
             _tokenize(source, tokenizer, aside)
             aside.rename(folder)
         if not split.exists():
-            texts = (lambda: (document.asked for document in documents(source)))
-            split_documents(texts, holdout, seed).tofile(split.with_suffix(".aside"))
+            asked = (lambda: (each.prompt or each.text for each in documents(source)))
+            split_documents(asked, holdout, seed).tofile(split.with_suffix(".aside"))
             split.with_suffix(".aside").rename(split)
     arrays = dict(np.load(folder / "documents.npz"))
     tokens = np.asarray(np.memmap(folder / "tokens.u32", np.uint32, "r"))

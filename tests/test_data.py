@@ -430,6 +430,7 @@ def test_a_problem_is_asked_as_its_users_will_ask_it(name):
         question = Question(tuple(tokenizer.encode(text)), (), 0, 0, answer="2")
         wanted = tokenizer.chat(text)
         assert prompt_ids(tokenizer, question, "plain", len(wanted)) == wanted
+        assert prompt_ids(tokenizer, question, "plain", 10**6) == wanted
         short = prompt_ids(tokenizer, question, "plain", len(wanted) - 1)
         assert len(short) < len(wanted)
 
