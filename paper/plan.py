@@ -19,7 +19,7 @@ from model import DTYPES, Transformer, forward_flops, read_config, resolve
 from rpt import Method, head_chunk
 
 GB = 1e9
-USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, and lies between allocations
+USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, or between allocations
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"training {training / GB:.1f}")
     if room < method.max_prompt + method.max_response:
         print("DOES NOT FIT: weights and optimizer leave no room for keys and values: more "
-              "processes, more memory, or a smaller model")
+              "processes or memory, or a smaller model")
     elif cache > room:
-        print(f"DOES NOT FIT as it is: --cache-tokens {room // 1000 * 1000} makes the rollout fit")
+        fitting = room // 1000 * 1000
+        print(f"DOES NOT FIT as it is: --cache-tokens {fitting} makes the rollout fit")
     if training > memory:
-        print("DOES NOT FIT: training needs less --micro-tokens, --checkpoint-activations, or more "
+        print("DOES NOT FIT: training needs less --micro-tokens, --checkpoint-activations or more "
               "processes")
     print(flops(model, run, method, machine))
 
