@@ -40,6 +40,7 @@ def tiny(model_type: str = "qwen2", seed: int = 0, **overrides) -> Transformer:
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
     return model
 
+
 # ---- closeness
 
 
@@ -65,10 +66,49 @@ def in_float64(model: Transformer) -> Transformer:
 
 def plain_logits(model: Transformer, ids: Sequence[int]) -> torch.Tensor:
     """float64 logits [T, V] behind every token of a text, by one plain forward; exact if the model
-    is `in_float64`, else with what the model's own type rounds."""
-    with torch.no_grad(), Float64():
+    is `in_float64`, else with what the model's own type rounds. Differentiable."""
+    with Float64():
         logits = model.logits(model(torch.tensor([list(ids)], device=model.head.device)))[0]
-    return logits.cpu().double()
+        return logits.cpu().double()
+
+
+@torch.no_grad()
+def exact_logprobs(model: Transformer, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+                   temperature: float = 1.0) -> tuple[list[torch.Tensor], float]:
+    """For each text (prompt, ids): float64 log-probabilities [T, V] of all tokens where its ids
+    stand; and by how much the model may be off, whatever the order in which it adds up.
+
+    Another order of summation errs about as much as the model's own plain forward does on the same
+    texts: four times the largest error of its log-probabilities, of all tokens there are, is
+    allowed, and two epsilons of the largest for the softmax itself.
+    """
+    exact, out, error, scale = in_float64(model), [], 0.0, 0.0
+    for prompt, ids in texts:
+        wanted, plain = (
+            (plain_logits(m, [*prompt, *ids])[len(prompt) - 1: -1] / temperature).log_softmax(-1)
+            for m in (exact, model))
+        error = max(error, (plain - wanted).abs().max().item())
+        scale = max(scale, wanted.abs().max().item())
+        out.append(wanted)
+    return out, 4 * error + 2 * torch.finfo(model.head.dtype).eps * scale
+
+
+def exact_gradient(model: Transformer, rows: Sequence[tuple],
+                   temperature: float = 1.0) -> tuple[dict, dict]:
+    """By parameter, the float64 gradient of sum(coefficient * log-probability) over the tokens of
+    rows (prompt, ids, a coefficient for each id), by plain forwards; and the magnitude of what was
+    added up: the largest element of the sum of the rows' absolute gradients."""
+    exact = in_float64(model)
+    names, parameters = zip(*exact.named_parameters())
+    total = magnitude = [torch.zeros_like(p) for p in parameters]
+    for prompt, ids, coefficients in rows:
+        logits = plain_logits(exact, [*prompt, *ids])[len(prompt) - 1: -1]
+        logprobs = (logits / temperature).log_softmax(-1)[range(len(ids)), ids]
+        weights = torch.tensor(list(coefficients), dtype=torch.float64, device="cpu")
+        own = torch.autograd.grad((weights * logprobs).sum(), parameters)
+        total = [a + b for a, b in zip(total, own)]
+        magnitude = [a + b.abs() for a, b in zip(magnitude, own)]
+    return dict(zip(names, total)), {n: m.max() for n, m in zip(names, magnitude)}
 
 
 def assert_rounds_to(actual, exact, terms: float, scale=None) -> None:
@@ -108,13 +148,9 @@ def assert_same_completions(model: Transformer, prompts: Sequence[Sequence[int]]
     ends, or else at the first token that differs the uniform number lies within rounding of the
     shares that both tokens have of the cumulative distribution in float64, so of a boundary (at
     temperature 0: both within rounding of the likeliest); what follows is not compared.
-    Log-probabilities are within rounding of those in float64.
-
-    Another order of summation errs about as much as the model's own plain forward does on the same
-    texts: four times the largest error of its log-probabilities, of all tokens there are, is
-    allowed, and two epsilons of the largest for the softmax itself.
+    Log-probabilities are within rounding (see `exact_logprobs`) of those in float64.
     """
-    exact, cases, error, scale = in_float64(model), [], 0.0, 0.0
+    cases, texts = [], []
     for n, (prompt, mine, others) in enumerate(zip(prompts, ours, theirs, strict=True)):
         for sample, (a, b) in enumerate(zip(mine, others, strict=True)):
             if a == b:
@@ -123,16 +159,12 @@ def assert_same_completions(model: Transformer, prompts: Sequence[Sequence[int]]
             same = _equal_tokens(a, b, f"key {key}, sample {sample}")
             for one in (a, b):
                 ids, logprobs = one.ids[: same + 1], one.logprobs[: same + 1]
-                wanted, plain = (
-                    (plain_logits(m, [*prompt, *ids])[len(prompt) - 1: -1] / (temperature or 1))
-                    .log_softmax(-1) for m in (exact, model))
-                error = max(error, (plain - wanted).abs().max().item())
-                scale = max(scale, wanted.abs().max().item())
                 uniform = uniforms(seed, key, sample, same + 1)[same] if len(ids) > same else None
-                cases.append((ids, logprobs, wanted, uniform))
-    allowed = 4 * error + 2 * torch.finfo(model.head.dtype).eps * scale
-    for case in cases:
-        _assert_drawn(*case, temperature, allowed)
+                texts.append((prompt, ids))
+                cases.append((ids, logprobs, uniform))
+    exact, allowed = exact_logprobs(model, texts, temperature or 1)
+    for case, wanted in zip(cases, exact):
+        _assert_drawn(*case, wanted, temperature, allowed)
     return sum(uniform is not None for *_, uniform in cases) // 2
 
 
@@ -146,8 +178,8 @@ def _equal_tokens(a: Completion, b: Completion, where: str) -> int:
     return same
 
 
-def _assert_drawn(ids: Sequence[int], logprobs: Sequence[float], exact: torch.Tensor,
-                  uniform: float | None, temperature: float, allowed: float) -> None:
+def _assert_drawn(ids: Sequence[int], logprobs: Sequence[float], uniform: float | None,
+                  exact: torch.Tensor, temperature: float, allowed: float) -> None:
     """The log-probabilities [T] of ids [T] are the exact ones [T, V], of which each may be off by
     `allowed`; and, if a uniform number is given, the last token is one that it may have chosen."""
     off = (torch.tensor(logprobs, dtype=torch.float64, device="cpu")
