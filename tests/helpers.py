@@ -79,8 +79,8 @@ def exact_logprobs(model: Transformer, texts: Sequence[tuple[Sequence[int], Sequ
     stand; and by how much the model may be off, whatever the order in which it adds up.
 
     Another order of summation errs about as much as the model's own plain forward does on the same
-    texts: four times the largest error of its log-probabilities, of all tokens there are, is
-    allowed, and two epsilons of the largest for the softmax itself.
+    texts: twice the largest error of its log-probabilities, of all tokens there are, is
+    allowed, and four epsilons of the largest for the softmax itself.
     """
     exact, out, error, scale = in_float64(model), [], 0.0, 0.0
     for prompt, ids in texts:
@@ -90,7 +90,7 @@ def exact_logprobs(model: Transformer, texts: Sequence[tuple[Sequence[int], Sequ
         error = max(error, (plain - wanted).abs().max().item())
         scale = max(scale, wanted.abs().max().item())
         out.append(wanted)
-    return out, 4 * error + 2 * torch.finfo(model.head.dtype).eps * scale
+    return out, 2 * error + 4 * torch.finfo(model.head.dtype).eps * scale
 
 
 def exact_gradient(model: Transformer, rows: Sequence[tuple],
