@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("max-prompt", 4096, "tokens"), ("max-response", 8192, "tokens"), ("seed", 0, "of everything"),
             ("min-context", 1, "tokens before a question"), ("part", "all", "where to ask", ("all", "solution")),
             ("dtype", "float32", "of the computation", DTYPES), ("holdout", 200, "documents to ask about"),
-            ("questions", 500, "held-out questions"), ("device", "cpu", "cpu or cuda"),
+            ("questions", 500, "held-out questions"), ("device", "", "cpu or cuda (also for ROCm); default: the accelerator if there is one"),
             ("samples", 1, "responses to each question; above 1 also pass@k and majority vote"),
             ("out", "", "file for the records, one JSON object a line"),
             ("cache", "", "folder for entropies; by default the run's, else runs/cache")):
@@ -224,12 +224,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def default_device(name: str = "") -> torch.device:
+    """The device of that name; of none, the accelerator if there is one."""
+    if name or not torch.accelerator.is_available():
+        return torch.device(name or "cpu")
+    return torch.accelerator.current_accelerator()
+
+
 def report(args: argparse.Namespace, run: dict) -> str:
     """Evaluates as the command line says; the table as text. run: the settings in run.json, {} for a model."""
     if not (args.corpus or args.choices):
         raise ValueError("--corpus is missing: a .jsonl or .txt file, or a folder of them")
     choices = read_choices(Path(args.choices)) if args.choices else []
-    folder, device, dtype = Path(args.directory), torch.device(args.device), DTYPES[args.dtype]
+    folder, device, dtype = Path(args.directory), default_device(args.device), DTYPES[args.dtype]
     source = resolve(folder / "model" if run else folder)
     tokenizer = Tokenizer.from_dir(source)
     method = Method(**{field.name: getattr(args, field.name, field.default) for field in fields(Method)})

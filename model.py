@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -524,7 +525,9 @@ def load_weights(model: Transformer, directory: Path) -> None:
     if any(wrong.values()):
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
         raise ValueError(f"{directory}: weights do not fit config.json: {lists}")
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that there is one process is no news
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
 
 
 def load_pretrained(path_or_hub_id: str | os.PathLike, device: str | torch.device = "cpu",
@@ -557,7 +560,9 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike, tokenizer=
         if rank_and_world()[0] == 0:
             shutil.rmtree(directory / "sharded")  # the parts, after they have been joined
     elif rank_and_world()[0] == 0:  # a whole model that every process holds is written by one
-        dcp.save(state, storage_writer=writer, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")
+            dcp.save(state, storage_writer=writer, no_dist=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory)

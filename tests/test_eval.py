@@ -127,6 +127,20 @@ def test_a_run_is_measured_on_its_own_held_out_documents_whatever_the_seed(toy, 
         assert len(records) > 4 and {record["document"] for record in records} <= held
 
 
+@pytest.mark.parametrize("accelerator", [None, torch.device("cuda")])
+def test_the_command_takes_the_accelerator_if_there_is_one(toy, monkeypatch, accelerator):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
+    taken = []
+    monkeypatch.setattr(evaluation, "load_pretrained", lambda source, device, dtype: taken.append(device))
+    monkeypatch.setattr(evaluation, "read_choices", lambda file: ["some"])
+    monkeypatch.setattr(evaluation, "multiple_choice", lambda *_: [{"standard": 1.0, "reasoning": [1.0]}])
+    model = str(toy / "base" / "model")
+    evaluation.main([model, "--choices", "some"])
+    evaluation.main([model, "--choices", "some", "--device", "cpu"])
+    assert taken == [accelerator or torch.device("cpu"), torch.device("cpu")]
+
+
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
     for arguments, words in ((["nowhere/at/all"], "--corpus is missing"),
                              (["nowhere/at/all", "--corpus", str(toy / "corpus.jsonl")], "no such model directory"),

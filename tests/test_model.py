@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -524,3 +525,11 @@ def test_no_file_uses_a_tensor_constructor_which_has_no_device():
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert not (name.startswith("torch.") and name.endswith("Tensor")) and name != "Tensor", (
                 f"{file}:{node.lineno}")
+
+
+def test_a_library_user_reads_no_warning_of_torch_distributed(tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_pretrained(tiny(), tmp_path)
+        load_pretrained(tmp_path)
+    assert [str(warning.message) for warning in said] == []

@@ -9,6 +9,7 @@ import pytest
 import data
 import rpt
 import train
+from learned import failures
 from reward import REWARDS
 from rpt import Method
 
@@ -24,6 +25,18 @@ def test_every_message_of_the_error_table_is_in_the_code():
     messages = [m.strip("`") for row in rows if row for m in re.findall(r"`(?:[^`\\]|\\`)+`", row.split("|")[2])]
     missing = [m for m in messages if m.replace("\\`", "`") not in code]
     assert len(messages) > 30 and not missing
+
+
+def test_a_run_has_learned_only_if_its_intervals_are_apart():
+    def summary(standard, reasoning):
+        return {split: {"questions": 9, "standard": standard, "reasoning": reasoning} for split in ("easy", "hard")}
+
+    before, after = summary([0.3, 0.2, 0.4], [0.1, 0.0, 0.2]), summary([0.3, 0.2, 0.4], [0.9, 0.8, 1.0])
+    assert failures({"base": before, "rpt": after}) == []
+    assert len(failures({"base": before, "rpt": before})) == 4
+    assert len(failures({"base": before, "rpt": summary([0.3, 0.2, 0.4], [0.9, 0.4, 1.0])})) == 2  # touches standard
+    nan = float("nan")
+    assert len(failures({"base": before, "rpt": summary([nan] * 3, [nan] * 3)})) == 4
 
 
 def test_every_link_and_named_function_exists():
