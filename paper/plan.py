@@ -2,10 +2,11 @@
 
     python -m paper.plan --recipe paper --model DIR --processes 8 --memory 80
 
-It takes train.py's options. The model is a directory or hub id of which config.json is enough. Counts, no seconds: how long that
-takes depends on the machine, and a guess was seven times too kind. Expected for
-paper/configs/r1-distill-qwen-14b: 14.77 billion parameters, so 59.1 / 8 = 7.4 GB of float32 master
-weights on each of 8 processes, twice that of AdamW's moments, 29.5 GB of bfloat16 in a rollout.
+It takes train.py's options. The model is a directory or hub id of which config.json is enough.
+Counts, no seconds: how long that takes depends on the machine, and a guess was seven times too
+kind. Expected for paper/configs/r1-distill-qwen-14b: 14.77 billion parameters, so 59.1 / 8 = 7.4 GB
+of float32 master weights on each of 8 processes, twice that of AdamW's moments, 29.5 GB of bfloat16
+in a rollout.
 """
 
 import argparse
