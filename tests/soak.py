@@ -1,10 +1,12 @@
-"""Kills a run with SIGKILL at random moments, restarts it with the same command, and compares with the undisturbed run.
+"""Kills a run with SIGKILL at random moments, restarts it with the same command, and compares with
+the undisturbed run.
 
     python tests/soak.py --processes 1 --kills 30
-    python tests/soak.py --processes 2 --kills 30        a random process of the two is killed; torchrun ends the other
-    python tests/soak.py --memory                        no kills: resident memory over 500 steps
+    python tests/soak.py --processes 2 --kills 30   a random one is killed; torchrun ends the other
+    python tests/soak.py --memory                   no kills: resident memory over 500 steps
 
-Prints one line a kill, and at the end what is equal: metrics (without times), rollouts, weights. Exit status 1 if not.
+Prints one line a kill, and at the end what is equal: metrics (without times), rollouts, weights.
+Exit status 1 if not.
 """
 
 import argparse
@@ -21,18 +23,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
-from helpers import ROOT, weak_base  # noqa: E402
 
-
-def command(processes: int, folder: Path, out: Path, steps: int) -> list[str]:
-    launch = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def command(processes: int, out: Path, steps: int) -> list[str]:
+    launch = (["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
               if processes > 1 else [])
-    return [sys.executable, *launch, str(ROOT / "train.py"), "--model", str(folder / "base" / "model"), "--corpus",
-            str(folder / "corpus.jsonl"), "--out", str(out), "--steps", str(steps), "--questions", "6",
-            "--group-size", "4", "--max-response", "40", "--holdout", "40", "--select", "0.3", "--save-every", "2",
-            "--lr", "0.002"]
+    return [sys.executable, *launch, str(ROOT / "train.py"), "--out", str(out), "--steps",
+            str(steps), "--questions", "6", "--group-size", "4", "--max-response", "40",
+            "--eval-questions", "20", "--save-every", "2", "--lr", "0.002"]
 
 
 def workers(pid: int) -> list[int]:
@@ -45,11 +45,13 @@ def results(out: Path) -> tuple:
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
         row.pop("time")
-    return metrics, (out / "rollouts.jsonl").read_text(), load_file(next((out / "model").glob("*.safetensors")))
+    (weights,) = (out / "model").glob("*.safetensors")
+    return metrics, (out / "rollouts.jsonl").read_text(), load_file(weights)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=40)
@@ -57,22 +59,21 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    folder = Path(tempfile.mkdtemp())
-    weak_base(folder)
-    sys.exit(memory(folder) if args.memory else soak(args, folder))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(memory(Path(folder)) if args.memory else soak(args, Path(folder)))
 
 
 def soak(args: argparse.Namespace, folder: Path) -> int:
-    """Kills until there were enough kills, run after run; 1 if any run differs from the undisturbed one."""
-    quiet, chance = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}, random.Random(args.seed)
-    begin = time.time()
-    subprocess.run(command(args.processes, folder, folder / "undisturbed", args.steps), check=True, **quiet)
+    """Kills until there were enough kills, run after run; 1 if any run differs from the
+    undisturbed one."""
+    chance, begin = random.Random(args.seed), time.time()
+    subprocess.run(command(args.processes, folder / "undisturbed", args.steps), check=True, **QUIET)
     whole, kills, runs, different = time.time() - begin, 0, 0, 0
     print(f"undisturbed: {args.steps} steps in {whole:.0f} s", flush=True)
     while kills < args.kills:
         out, done, here = folder / f"run{runs}", False, 0
         while not done:
-            run = subprocess.Popen(command(args.processes, folder, out, args.steps), **quiet)
+            run = subprocess.Popen(command(args.processes, out, args.steps), **QUIET)
             try:
                 run.wait(chance.uniform(0.1, 0.9) * whole if kills < args.kills else None)
                 done = run.returncode == 0
@@ -80,22 +81,27 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
                 os.kill(chance.choice(workers(run.pid)), signal.SIGKILL)
                 run.wait()
                 kills, here = kills + 1, here + 1
-        a, b = results(folder / "undisturbed"), results(out)
-        same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
-                "weights": all(torch.equal(a[2][n], b[2][n]) for n in a[2]),
-                "every step once": [row["step"] for row in b[0]] == list(range(args.steps))}
-        runs, different = runs + 1, different + (not all(same.values()))
-        verdict = ", ".join(f"{what} {'equal' if equal else 'DIFFERENT'}" for what, equal in same.items())
-        print(f"run {runs}, killed {here} times: {verdict}", flush=True)
+        runs += 1
+        different += not alike(f"run {runs}, killed {here} times", args.steps,
+                               results(folder / "undisturbed"), results(out))
     print(f"{args.processes} processes: {kills} kills in {runs} runs, "
           f"{runs - different} of them bitwise the undisturbed one")
     return int(different > 0)
 
 
+def alike(title: str, steps: int, a: tuple, b: tuple) -> bool:
+    """Prints what two runs have in common; whether it is everything."""
+    same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
+            "weights": all(torch.equal(a[2][name], b[2][name]) for name in a[2]),
+            "every step once": [row["step"] for row in b[0]] == list(range(steps))}
+    verdict = [f"{what} {'equal' if equal else 'DIFFERENT'}" for what, equal in same.items()]
+    print(f"{title}: {', '.join(verdict)}", flush=True)
+    return all(same.values())
+
+
 def memory(folder: Path) -> int:
     """Resident memory of the trainer along 500 steps."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    run = subprocess.Popen(command(1, folder, folder / "long", 500), **quiet)
+    run = subprocess.Popen(command(1, folder / "long", 500), **QUIET)
     log, seen = folder / "long" / "metrics.jsonl", 0
     while run.poll() is None:
         time.sleep(0.1)
@@ -103,7 +109,8 @@ def memory(folder: Path) -> int:
         if steps >= seen + 100:
             seen = steps // 100 * 100
             status = Path(f"/proc/{run.pid}/status").read_text()
-            print(f"step {steps}: {int(status.split('VmRSS:')[1].split()[0]) / 1024:.1f} MiB resident", flush=True)
+            resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
+            print(f"step {steps}: {resident:.1f} MiB resident", flush=True)
     return run.returncode
 
 

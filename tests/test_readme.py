@@ -23,13 +23,11 @@ SMALL = {"train.py": ["--steps", "2", "--questions", "4", "--group-size", "4", "
 
 
 def commands():
-    """Every command line of a page, in a block of code or in a line, as its words."""
-    blocks = re.findall(r"^( *)```bash\n(.*?)^\1```", TEXT, re.S | re.M)
-    lines = "\n".join(block for _, block in blocks) + "\n" + "\n".join(
-        re.findall(r"`((?:torchrun|python3?) [^`]+)`", TEXT))
-    lines = re.sub(r"\s*\\\n\s*", " ", lines)
-    return [shlex.split(part, comments=True) for line in lines.splitlines()
-            for part in line.split("&&") if part.strip() and not part.strip().startswith("#")]
+    """Every command line, one of its own or within a line of text, as its words."""
+    joined = re.sub(r"\s*\\\n\s*", " ", TEXT)
+    lines = re.findall(r"^ *((?:torchrun|python|pip) .*)", joined, re.M)
+    lines += re.findall(r"`((?:torchrun|python)\s[^`]+)`", joined)
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
 
 
 def script_of(words):
@@ -57,7 +55,7 @@ def test_what_runs_on_the_toy_runs_as_printed(tmp_path):
     done, environment = [], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for words in commands():
         script, arguments = script_of(words)
-        runs_toy = script == "train.py" and "--model" not in arguments and "--stage" not in arguments
+        runs_toy = script == "train.py" and not {"--model", "--stage"} & set(arguments)
         of_run = script in ("eval.py", "paper.report") and "runs/toy" in arguments
         if not (runs_toy or of_run) or words in done:
             continue
@@ -74,7 +72,7 @@ def test_every_option_that_is_named_exists():
     known = {"--" + f.name.replace("_", "-") for kind in (train.Run, train.Method)
              for f in dataclasses.fields(kind)}
     known |= {"--no-" + option[2:] for option in known} | {"--nproc-per-node", "--max-restarts"}
-    known |= {option for code in CODE.values() for option in re.findall(r'"(--[a-z][a-z-]+)"', code)}
+    known |= set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(CODE.values())))
     for kind in vars(train.evaluation).values():
         if dataclasses.is_dataclass(kind):
             known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)}
@@ -85,8 +83,8 @@ def test_every_option_that_is_named_exists():
 def test_every_message_of_a_table_of_errors_is_in_the_code():
     code = re.sub(r'"\s+f?"', "", "\n".join(CODE.values()))  # strings that go on in the next line
     rows = re.findall(r"^\| you did \| you see \|.*?\n\n", TEXT + "\n\n", re.S | re.M)
-    messages = [message.strip("`") for row in "".join(rows).splitlines()[2:]
-                for message in re.findall(r"`(?:[^`\\]|\\`)+`", row.split("|")[2] if "|" in row else "")]
+    seen = "".join(row.split("|")[2] for row in "".join(rows).splitlines()[2:] if "|" in row)
+    messages = [message.strip("`") for message in re.findall(r"`(?:[^`\\]|\\`)+`", seen)]
     missing = [message for message in messages if message.replace("\\`", "`") not in code]
     assert not missing
 
