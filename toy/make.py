@@ -1,6 +1,6 @@
 """The toy world: a shell game told in text, and a weak base model that has read about it.
 
-    python -m toy.make --seed 0 [--out toy]
+    python -m toy.make --seed 0 [--out toy]            seven minutes of one core
 
     The ball is under C. 4 C A. 5 D B. 6 A B.          problem: a start, numbered swaps of two cups
 
@@ -24,6 +24,8 @@ stories but on others of the same kind:
 
 So the base knows how to reason, but does it badly elsewhere and seldom here: there is something
 to mend, and it can be mended from plain stories alone. Nothing here is a finding about language.
+With seed 0 it answers 79 % of the questions and 70 % of the choices, and of held-out stories it
+knows the cup in 35, 21 and 18 % without a thought (above 0.5, 1.0, 1.5 nats), 28, 19 and 14 % with.
 
 The text is the same to the bit on every machine. Training is not, to rounding.
 """
