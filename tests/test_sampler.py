@@ -157,28 +157,30 @@ def random_configurations(n: int, seed: int = 0) -> Iterator[tuple]:
     """(model_type, prompts, arguments of generate) of many kinds: prompts of 1 to 2,000 tokens."""
     chance = random.Random(seed)
     for number in range(n):
-        top = chance.choice([3, 30, 30, 300, 2000])
+        top = chance.choice([3, 30, 30, 200, 2000])
         prompts = [[chance.randrange(40) for _ in range(chance.randint(1, top))]
-                   for _ in range(chance.randint(1, 12 if top > 100 else 24))]
-        if chance.random() < 0.3:  # one long one among short ones
+                   for _ in range(chance.randint(1, 4 if top == 2000 else 12))]
+        if chance.random() < 0.2:  # one long one among short ones
             prompts[0] = [chance.randrange(40) for _ in range(chance.randint(1000, 2000))]
         arguments = {
-            "samples": chance.randint(1, 8), "max_new_tokens": chance.choice([1, 5, 33, 70, 140]),
+            "samples": chance.randint(1, 8), "max_new_tokens": chance.choice([1, 5, 40, 80, 80]),
             "temperature": chance.choice([0, 0.7, 1.0, 1.4]), "seed": number,
-            "eos_ids": chance.sample(range(40), chance.choice([0, 1, 1, 3])),
-            "max_rows": chance.choice([None, 1, 3, chance.randint(1, 64), 64])}
-        whole = len(prompts) * (max(map(len, prompts)) + arguments["samples"] * 140)
-        arguments["cache_tokens"] = chance.choice([None, 1, *(
-            int(whole * chance.uniform(0.02, 0.7)) + 1 for _ in range(4))])
+            "eos_ids": chance.sample(range(40), chance.choice([0, 0, 0, 2])),
+            "max_rows": chance.choice([None, None, 1, chance.randint(1, 64), 64])}
+        response = arguments["samples"] * arguments["max_new_tokens"]
+        whole = len(prompts) * (max(map(len, prompts)) + response)
+        some = int(whole * chance.uniform(0.02, 0.6)) + 1
+        arguments["cache_tokens"] = chance.choice([None, 1, some, some, some, some])
         yield chance.choice(["qwen2", "qwen3", "llama"]), prompts, arguments
 
 
-@pytest.mark.parametrize("count, seed", [(24, 1), pytest.param(500, 0, marks=SLOW)])
+@pytest.mark.parametrize("count, seed", [(20, 2), pytest.param(500, 0, marks=SLOW)])
 def test_random_configurations_end_and_hold_their_bound_and_give_the_same(
         count, seed, monkeypatch):
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 4096)
     counts = Counter()
-    for model_type, prompts, arguments in random_configurations(count, seed):
+    for number, (model_type, prompts, arguments) in enumerate(random_configurations(count, seed)):
+        monkeypatch.setattr(sampler, "GROWTH", (4, 16, 32)[number % 3])
         model, how = tiny(model_type, seed=arguments["seed"]), dict(arguments)
         bounds = {name: how.pop(name) for name in ("max_rows", "cache_tokens")}
         wanted = generate(model, prompts, **how)
@@ -197,7 +199,7 @@ def test_random_configurations_end_and_hold_their_bound_and_give_the_same(
         counts["groups given up"] += watch.preempted
         counts["completions"] += sum(map(len, given))
     print(dict(counts))
-    assert counts["with groups given up"] >= count / 10
+    assert counts["with groups given up"] >= count / 50
 
 
 FULL = (32, 8, 900, 16_000)  # a bound of 100,000 for a model with the figures of 14 B, and less
