@@ -494,7 +494,7 @@ def resolve(path_or_hub_id: str | os.PathLike) -> Path:
                                 "owner/name)")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:  # the hub's client has many; the user can do the same about each
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"{name}: neither a directory nor available from the hub "
