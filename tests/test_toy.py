@@ -1,5 +1,5 @@
-"""The toy world: its texts are the same everywhere, its balls are where they are said to be, and its
-base is weak in the way that the experiments need."""
+"""The toy world: its texts are the same everywhere, its balls are where they are said to be, and
+its base is weak in the way that the experiments need."""
 
 import json
 import os
