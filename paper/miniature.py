@@ -1,354 +1,338 @@
-"""The paper in miniature: every table and figure on the toy world, with the controls its critics asked for.
+"""The paper in miniature: its tables and figures on toy worlds, and its critics' controls.
 
-    python -m paper.miniature                  three seeds, from nothing; report.html, results.json, figures
+    python -m paper.miniature                  seeds 0, 1, 2, each with a base of its own
     python -m paper.miniature --quick          one seed, fewer questions
-    python -m paper.miniature --seeds 0        one seed; several processes may share the folder, then run all seeds
 
-Each experiment is a few calls of train.py and eval.py; a real model and corpus go through the same ones. What an
-experiment found is kept in its own file, so an interrupted run goes on with the next experiment. Numbers are means
-over seeds; intervals are 95 % bootstrap intervals over the documents of all seeds, and say nothing of other worlds.
+It only runs the commands that a reader would: toy.make, train.py, the recipes, eval.py, two at a
+time, in a folder for each seed; log.txt there has all of them. A real model and corpus go through
+the same ones. What is finished is not done again.
+
+Every model sits the same exams: the next tokens of held-out stories, and what no run but RLVR was
+trained on, questions with answers and multiple choice. Intervals are 95 % bootstrap intervals over
+the documents of all seeds, differences are paired by question; they say nothing of other worlds.
+What comes out are results.json, results.md, figures and report.html; paper/results keeps them.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import data
-import eval as evaluation
 import train
-from data import Question, Tokenizer
-from model import load_pretrained
+from eval import SPLITS, bootstrap_interval, measures
 from paper import report
-from rpt import Method
+from paper.figure import svg
+from paper.patterns import reasoning_patterns
+from paper.scaling import fit_power_law, power_law_intervals
+from toy import make
 
-CPU = torch.device("cpu")
-VARIANTS = {  # name -> what is changed in the toy recipe; the base model and everything else stay
-    "first-token reward": ["--reward", "first-token"],
-    "dense reward": ["--reward", "dense"],
-    "conditional dense reward": ["--reward", "conditional-dense"],
-    "control: format reward": ["--reward", "format"],
-    "control: random positions": ["--selector", "random", "--select", "0.15"],
-    "option: information gain (RLP)": ["--reward", "gain", "--no-scale-by-std"],
-    "option: auxiliary next-token loss (RMT)": ["--ntp-weight", "0.1"],
-    "option: easy groups kept less often": ["--no-keep-easy"],
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {"base": "base", "ntp": "continual next-token training", "sft": "Mixed SFT", "rpt": "RPT"}
+STORIES = "--corpus world/corpus.jsonl"
+ON_TOY = ("--recipe toy --model base/model --answers= --choices= --cache cache --device cpu "
+          f"--save-every 1000000 --eval-questions 0 {STORIES}")
+VARIANTS = {  # RPT with another reward, control, or an option of later work
+    "first-token-reward": f"train {ON_TOY} --reward first-token",
+    "dense-reward": f"train {ON_TOY} --reward dense",
+    "conditional-dense-reward": f"train {ON_TOY} --reward conditional-dense",
+    "format-only-reward": f"train {ON_TOY} --reward format",
+    "random-positions": f"train {ON_TOY} --filter random --filter-value 0.15",
+    "information-gain": f"paper.recipes.information_gain {ON_TOY} --no-scale-by-std",
+    "auxiliary-loss": f"paper.recipes.auxiliary_loss {ON_TOY}",
+    "easy-groups-less-often": f"paper.recipes.easy_groups {ON_TOY}",
 }
+RLVR = f"train {ON_TOY} --stage rlvr --corpus world/answers-train.jsonl --holdout 0 --steps 30"
+RUNS = VARIANTS | {"rpt": f"train {ON_TOY} --eval-every 4 --eval-questions 500",
+                   **{f"rlvr-{name}": f"{RLVR} --model {name}/model" for name in MODELS}}
+CONTROLS = {  # for RPT's FLOPs: the same stories, or fresh rows of the base's own mixture
+    "ntp": f"train {ON_TOY} --stage ntp --questions 64 --lr 1e-3",
+    "sft": f"train {ON_TOY} --stage ntp --questions 64 --lr 1e-3 --corpus world/lessons.jsonl "
+           "--holdout 0"}
+SHARES = (0.1, 0.25, 0.5, 1.0)  # of those FLOPs, after which the controls are examined
+ORDER = (("base",), ("rpt", "rlvr-base", *VARIANTS), ("ntp", "sft", "rlvr-rpt"),
+         ("rlvr-ntp", "rlvr-sft"))  # each needs what precedes
+EXAMS = {"next-token": f"{STORIES} --samples 8",
+         "answers": "--answers world/held.jsonl --samples 4",
+         "choices": "--choices world/choices.jsonl --samples 2"}
+ASKED = ("--template toy --max-prompt 256 --max-response 96 --device cpu --region solution "
+         "--holdout 500 --proxy base/model --cache cache")
+TEMPLATES = {f"template-{name}": f"{STORIES} --samples 8 --questions 100 --template {name} "
+             "--max-prompt 416" for name in ("toy", "v0", "v1", "v2", "v3", "v4", "v5", "v6")}
+WORLD = ("A shell game told in text, see toy/make.py. The base has learned from an annotator who "
+         "errs at each swap with probability 0.15 and goes on from the wrong cup, so that there is "
+         "something to mend; RPT sees plain stories only. It shows what the method does to a model "
+         "that can reason but does it badly. It is no finding about language.")
 
 
-@dataclasses.dataclass
-class Lab:
-    """One seed's folder and the sizes of its experiments."""
-
-    root: Path
-    seed: int
-    quick: bool
-
-    @property
-    def questions(self) -> int:
-        return 150 if self.quick else 300
-
-    def path(self, name: str) -> Path:
-        return self.root / f"seed{self.seed}" / re.sub(r"\W+", "-", name)
-
-    def train(self, name: str, *options: object) -> Path:
-        """Runs train.py into its own folder; the folder."""
-        out = self.path(name)
-        with open(self.root / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train.main([*map(str, options), "--seed", str(self.seed), "--out", str(out)])
-        return out
-
-    def from_base(self, name: str, *options: object, base: str = "toy/base") -> Path:
-        """The same, from this seed's base model on its corpus."""
-        return self.train(name, "--model", self.path("toy").parent / base / "model", "--corpus",
-                          self.path("toy") / "world" / "corpus.jsonl", *options)
-
-    def held_out(self) -> tuple[Tokenizer, list[Question], Method]:
-        """The toy run's held-out questions, as it made them."""
-        run, method, _ = train.parse(["--seed", str(self.seed)])
-        base = self.path("toy") / "base" / "model"
-        tokenizer = Tokenizer.from_dir(base)
-        _, held, _ = data.question_sets(
-            tokenizer, data.read_corpus(self.path("toy") / "world" / "corpus.jsonl"), base, self.path("toy") / "cache",
-            holdout=run.holdout, selector=run.selector, value=run.select, min_context=run.min_context, part=run.part,
-            seed=run.seed, window=method.max_prompt, device=CPU, dtype=torch.float32)
-        return tokenizer, evaluation.subset(held, self.questions, self.seed), method
-
-    def measure(self, folder: Path, samples: int = 1, **changes: object) -> list[dict]:
-        """Accuracies of the model in a folder on the held-out questions."""
-        tokenizer, questions, method = self.held_out()
-        return evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, questions,
-                                   dataclasses.replace(method, **changes), samples, self.seed)
+# ------------------------------------------------------------------------------------- the runs
 
 
-# ---------------------------------------------------------------------------------------------- experiments
+def command(folder: Path, line: str) -> str:
+    """What a module's command prints, in a seed's folder; RuntimeError if it fails."""
+    words = f"{line} --seed {folder.name}".split()
+    with open(folder / "log.txt", "a") as log:
+        log.write(f"python -m {' '.join(words)}\n")
+    here = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *words], cwd=folder, env=here, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: python -m {' '.join(words)}\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
-def table_1(lab: Lab) -> dict:
-    """Base and RPT, standard and reasoning, pass@8 and majority vote; and the run's curve of accuracy."""
-    run = lab.train("toy", "--eval-every", 4, "--eval-questions", lab.questions)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    spent = np.cumsum([row["flops"] for row in rows])
-    evals = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    curve = [{"flops": float(spent[e["step"] - 1]), "step": e["step"]}
-             | {s: e[s]["reasoning"] for s in evaluation.SPLITS} for e in evals]
-    return {"base": lab.measure(run / "base", 8), "RPT": lab.measure(run, 8), "curve": curve,
-            "length": [row["length"] for row in rows], "reward": [row["reward"] for row in rows]}
+def exam(folder: Path, name: str, file: str, line: str) -> None:
+    """Asks a model; the records are complete or absent."""
+    out = folder / name / f"{file}.jsonl"
+    if not out.exists():
+        said = command(folder, f"eval {name}/model {ASKED} --out {name}/part {line}")
+        (folder / name / "part").rename(out)
+        if file == "perplexity":
+            out.write_text(said[said.index("["):])
 
 
-def matched_ntp(lab: Lab) -> dict:
-    """Continual next-token prediction on the same corpus with the FLOPs that RPT took."""
-    spent = sum(json.loads(line)["flops"] for line in (lab.path("toy") / "metrics.jsonl").read_text().splitlines())
-    probe = lab.from_base("ntp probe", "--stage", "ntp", "--steps", 2)
-    each = np.mean([json.loads(line)["flops"] for line in (probe / "metrics.jsonl").read_text().splitlines()])
-    steps = max(2, round(spent / each))
-    records = lab.measure(lab.from_base("ntp", "--stage", "ntp", "--steps", steps, "--save-every", 10**6))
-    return {"steps": steps, "records": records}
+def build(folder: Path, name: str, questions: str) -> None:
+    """Trains a model of a seed, and examines it."""
+    if name in CONTROLS:
+        matched(folder, name)
+    elif not (folder / name / "model").exists() and name in RUNS:
+        command(folder, f"{RUNS[name]} --out {name}")
+    elif not (folder / name / "model").exists():
+        world(folder)
+    for file, line in (EXAMS | (TEMPLATES if name == "base" else {})).items():
+        exam(folder, name, file, f"{questions} {line}")
+    if name in MODELS:
+        exam(folder, name, "perplexity", f"{STORIES} --perplexity")
 
 
-def variants(lab: Lab) -> dict:
-    """RPT with another reward, another selection of positions, or an option of later work."""
-    return {name: lab.measure(lab.from_base(name, *options)) for name, options in VARIANTS.items()}
+def world(folder: Path) -> None:
+    """The texts, the base, and fresh rows of the mixture that the base was trained on."""
+    seed, texts = int(folder.name), folder / "world"
+    random, known = Random(f"more lessons {seed}"), make.write_texts(texts, seed)
+    answers = list(report.read_lines(texts / "answers.jsonl"))
+    make.write_rows(texts / "held.jsonl", answers[:500])
+    make.write_rows(texts / "answers-train.jsonl", answers[500:])
+    make.write_rows(texts / "lessons.jsonl", (make.lesson(random, known) for _ in range(30_000)))
+    command(folder, "toy.make --out world")
+    (folder / "base").mkdir(exist_ok=True)
+    (texts / "base").rename(folder / "base" / "model")
 
 
-def table_2(lab: Lab) -> dict:
-    """RL with verifiable rewards, from three starting points: accuracy on held-out questions before and after."""
-    answers, out = lab.path("toy") / "world" / "answers.jsonl", {}
-    for name, base in (("base", "toy/base"), ("continual next-token training", "ntp"), ("RPT", "toy")):
-        start = lab.path("toy").parent / base
-        run = lab.train(f"rlvr from {name}", "--stage", "rlvr", "--model", start / "model", "--corpus", answers,
-                        "--steps", 20)
-        tokenizer = Tokenizer.from_dir(run / "model")
-        _, held, _ = data.answer_sets(tokenizer, data.read_corpus(answers), 500, lab.seed)
-        _, method, _ = train.parse(["--stage", "rlvr", "--model", "-", "--corpus", "-"])
-        out[name] = [evaluation.evaluate(load_pretrained(folder / "model"), tokenizer, held[: lab.questions], method,
-                                         1, lab.seed) for folder in (start, run)]
-    return out
+def matched(folder: Path, name: str) -> None:
+    """A control that takes the FLOPs of RPT, examined on the way (arXiv 2608.23256)."""
+    run = f"{CONTROLS[name]} --out {name}"
+    if not (folder / name / "metrics.jsonl").exists():
+        command(folder, f"{run} --steps 2")
+    steps = flops(folder, "rpt")[-1] / flops(folder, name)[1] * 2
+    for share in SHARES:
+        if not (folder / name / f"{share}.jsonl").exists():
+            command(folder, f"{run} --steps {max(2, round(share * steps))}")
+            exam(folder, name, str(share), STORIES)
 
 
-def table_3(lab: Lab) -> dict:
-    """Zero-shot multiple choice on stories that were never trained on."""
-    tokenizer, _, method = lab.held_out()
-    documents = data.read_corpus(lab.path("toy") / "world" / "corpus.jsonl")
-    _, held, _ = data.split_holdout(documents, 500, lab.seed)
-    texts = {document.text for document in held}
-    stories = [story for story in data.toy_stories(4500, 1000 + lab.seed) if story.text in texts][: lab.questions]
-    choices = [evaluation.Choice(s.problem + data.TOY_QUESTION, tuple(s.cups), s.cups.index(s.ball[-1]))
-               for s in stories]
-    return {name: evaluation.multiple_choice(load_pretrained(lab.path("toy").parent / folder / "model"), tokenizer,
-                                             choices, method, lab.seed)
-            for name, folder in (("base", "toy/base"), ("continual next-token training", "ntp"), ("RPT", "toy"))}
+def flops(folder: Path, name: str) -> np.ndarray:
+    """What a run has spent after each step."""
+    return np.cumsum([row["flops"] for row in report.read_lines(folder / name / "metrics.jsonl")])
 
 
-def templates(lab: Lab) -> dict:
-    """random@1 and pass@8 of the base model before training, per prompt template."""
-    few = dataclasses.replace(lab, quick=True)
-    return {name: few.measure(lab.path("toy") / "base", 8, template=name, max_prompt=448)
-            for name in data.TEMPLATES if name != "plain"}
+# ------------------------------------------------------------------------------- what they show
 
 
-def patterns(lab: Lab) -> dict:
-    """How far thoughts go: full, partial or no chain, at the beginning and the end of RPT; and the paper's keywords."""
-    rows = [json.loads(line) for line in (lab.path("toy") / "rollouts.jsonl").read_text().splitlines()]
-    last, out = max(row["step"] for row in rows), {}
-    for name, some in (("first 5 steps", [r for r in rows if r["step"] < 5]),
-                       ("last 5 steps", [r for r in rows if r["step"] > last - 5])):
-        kinds = [chain_kind(row) for row in some]
-        out[name] = {kind: [float(k == kind) for k in kinds] for kind in ("full", "partial", "none")} | {
-            "documents": [row["document"] for row in some],
-            "keywords": evaluation.reasoning_patterns([row["response"] for row in some])}
-    return out
+class Findings:
+    """What was measured, over all seeds."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self.folders = folders
+
+    def rows(self, file: str) -> list[dict]:
+        """The rows of a file of each seed; documents are told apart by seed."""
+        return [row | {"document": (int(folder.name) << 32) + row.get("document", 0)}
+                for folder in self.folders for row in report.read_lines(folder / f"{file}.jsonl")]
+
+    def values(self, file: str, measure: str, nats: float = 0.0) -> tuple[list, list]:
+        """Of each question of an exam a measure, shares in %, and its document."""
+        rows = [row for row in self.rows(file) if row.get("entropy", 9.0) > nats]
+        factor = 1 if measure == "length" else 100
+        return [factor * measures(row)[measure] for row in rows], [r["document"] for r in rows]
+
+    def cell(self, file: str, measure: str = "reasoning", nats: float = 0.0) -> str:
+        """A mean with its interval."""
+        return shown(bootstrap_interval(*self.values(file, measure, nats)))
+
+    def splits(self, name: str, measure: str = "reasoning") -> list[str]:
+        """Accuracy of next tokens by split."""
+        return [self.cell(f"{name}/next-token", measure, nats) for nats in SPLITS.values()]
+
+    def claim(self, what: str, first: tuple, second: tuple) -> list[str]:
+        """Whether the first is above the second, as in the paper."""
+        (a, documents), (b, _) = self.values(*first), self.values(*second)
+        gap = bootstrap_interval(np.subtract(a, b), documents)
+        word = "as in the paper" if gap[1] > 0 else "the opposite" if gap[2] < 0 else "not shown"
+        return [what, self.cell(*first), self.cell(*second), shown(gap), word]
 
 
-def chain_kind(row: dict) -> str:
-    """Whether a response's thought goes through all swaps of its story."""
-    swaps = len(re.findall(r" \d [A-H] [A-H]\.", row["context"]))
-    said = len(re.findall(r" \d [A-H] [A-H] [A-H]\.", row["response"].split("</think>")[0]))
-    return "none" if not said else "full" if said == swaps else "partial"
+def shown(interval: Sequence[float], form: str = ".1f") -> str:
+    """mean [low, high]"""
+    mean, low, high = (format(x, form) for x in interval)
+    return f"{mean} [{low}, {high}]"
 
 
-EXPERIMENTS: dict[str, Callable[[Lab], dict]] = {
-    "table 1": table_1, "matched ntp": matched_ntp, "variants": variants, "table 2": table_2, "table 3": table_3,
-    "templates": templates, "patterns": patterns}
+def section(title: str, text: str, head: Sequence[str], rows: Sequence[Sequence],
+            *figures: dict) -> dict:
+    """A part of the results."""
+    return {"title": title, "text": text, "table": {"head": head, "rows": rows}, "figures": figures}
 
 
-# ---------------------------------------------------------------------------------------------- what they show
+def claims(found: Findings) -> dict:
+    """The paper's signs, each with its figures."""
+    rows = []
+    for split, nats in SPLITS.items():
+        for measure in ("standard", "reasoning"):
+            rows.append(found.claim(f"{split}: RPT's reasoning above the base's {measure}",
+                                    ("rpt/next-token", "reasoning", nats),
+                                    ("base/next-token", measure, nats)))
+    for exam, prefix in (("answers", ""), ("answers", "rlvr-"), ("choices", "")):
+        for name in ("base", "ntp", "sft"):
+            first, second = (f"{prefix}{each}/{exam}" for each in ("rpt", name))
+            rows.append(found.claim(f"{first} above {second}", (first, "reasoning"),
+                                    (second, "reasoning")))
+    return section("Claims", WORLD, ["claim", "first", "second", "paired difference", ""], rows)
 
 
-def interval(values: Sequence[float], documents: Sequence[object]) -> str:
-    """A mean in % with its 95 % interval."""
-    labels = {document: n for n, document in enumerate(dict.fromkeys(documents))}
-    mean, low, high = evaluation.bootstrap_interval(list(values), [labels[d] for d in documents])
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def tables(found: Findings) -> list[dict]:
+    """Tables 1 to 3, perplexity, variants, templates."""
+    head = ["", *(f"{split} (> {nats} nats)" for split, nats in SPLITS.items())]
+    one = [[f"{title}, {measure}", *found.splits(name, measure)] for name, title in MODELS.items()
+           for measure in ("standard", "reasoning", "majority vote", "pass@8")]
+    two, three = [], []
+    for name, title in MODELS.items():
+        two.append([title, found.cell(f"{name}/answers"), found.cell(f"rlvr-{name}/answers")])
+        three.append([title, found.cell(f"{name}/choices", "standard"),
+                      found.cell(f"{name}/choices"), perplexity(found.folders, name)])
+    variants = [[name, *found.splits(name), found.cell(f"{name}/answers"),
+                 found.cell(f"{name}/choices"), found.cell(f"{name}/next-token", "length")]
+                for name in ("base", "rpt", *VARIANTS)]
+    four = [[name, found.cell(f"base/{name}"), found.cell(f"base/{name}", "pass@8")]
+            for name in TEMPLATES]
+    return [section("Table 1: next-token accuracy",
+                    "In %, on held-out stories. The controls had RPT's FLOPs.", head, one),
+            section("Table 2: RL with verifiable rewards afterwards", "Questions with answers, "
+                    "in %, the mean of 4 samples.", ["start", "before", "after"], two),
+            section("Table 3: multiple choice, and perplexity",
+                    "Zero-shot, in %; perplexity of held-out stories.",
+                    ["", "standard", "reasoning", "perplexity"], three),
+            section("Rewards, controls and options of later work",
+                    "Reasoning in % after as many steps of as many questions from the same bases.",
+                    [*head, "answers", "choices", "tokens"], variants),
+            section("Prompt templates before training", "The base knows only the toy's own.",
+                    ["template", "random@1", "pass@8"], four)]
 
 
-def pooled(found: list[dict], *keys: object) -> list[dict]:
-    """Records of all seeds, documents told apart by seed."""
-    out = []
-    for seed, each in enumerate(found):
-        for key in keys:
-            each = each[key]
-        out += [record | {"document": (seed, record["document"])} for record in each]
-    return out
+def perplexity(folders: Sequence[Path], name: str) -> str:
+    """Its logarithm is averaged over seeds, which are independent."""
+    found = [json.loads((folder / name / "perplexity.jsonl").read_text()) for folder in folders]
+    mean, *bounds = np.log(found).mean(0)
+    return shown(np.exp([mean, *(mean + (bounds - mean) / len(folders) ** 0.5)]), ".3f")
 
 
-def accuracies(name: str, records: Sequence[dict], measure: str) -> list[str]:
-    """A table row: accuracy per split."""
-    cells = []
-    for threshold in evaluation.SPLITS.values():
-        some = [record for record in records if record["entropy"] > threshold]
-        values = {"standard": lambda r: r["standard"], "reasoning": lambda r: np.mean(r["reasoning"]),
-                  "vote": lambda r: r["vote"], "pass": lambda r: float(max(r["reasoning"]))}[measure]
-        cells.append(interval([values(r) for r in some], [r["document"] for r in some]))
-    return [name, *cells]
-
-
-def section(title: str, text: str, head: list[str], rows: list[list[str]], figure: dict | None = None) -> dict:
-    """A part of results.json."""
-    return {"title": title, "text": text, "table": {"head": head, "rows": rows}} | (
-        {"figure": figure} if figure else {})
-
-
-def scaling_section(found: list[dict]) -> dict:
-    """P(C) = A / C^alpha + P*, fitted per split to the means over seeds of the accuracy at each checkpoint."""
-    curves, rows, series = [each["curve"] for each in found], [], []
-    compute = np.mean([[point["flops"] for point in curve] for curve in curves], axis=0)
-    for split in evaluation.SPLITS:
-        accuracy = np.mean([[point[split][0] for point in curve] for curve in curves], axis=0)
-        A, alpha, P_star, r2 = evaluation.fit_power_law(compute, accuracy)
-        bounds = evaluation.power_law_intervals(compute, accuracy)
-        cell = {key: f"{value:.3g} [{bounds[key][0]:.3g}, {bounds[key][1]:.3g}]" for key, value in
-                (("A", A), ("alpha", alpha), ("P_star", P_star))}
-        rows.append([split, str(len(compute)), cell["A"], cell["alpha"], cell["P_star"], f"{r2:.3f}"])
-        fine = np.geomspace(compute[0], compute[-1], 60)
+def scaling(found: Findings) -> dict:
+    """P(C) = A / C^alpha + P*, fitted per split to the means over seeds at each checkpoint."""
+    evals = [list(report.read_lines(folder / "rpt" / "evals.jsonl"))[1:]
+             for folder in found.folders]
+    steps = [row["step"] - 1 for row in evals[0]]
+    compute = np.mean([flops(folder, "rpt")[steps] for folder in found.folders], 0)
+    rows, series = [], []
+    for split in SPLITS:
+        accuracy = np.mean([[row["held-out"][split]["reasoning"][0] for row in each]
+                            for each in evals], 0)
+        A, alpha, limit, r2 = fit_power_law(compute, accuracy)
+        bounds = power_law_intervals(compute, accuracy)
+        rows.append([split, len(compute), int((accuracy < 0.95 * accuracy[-1]).sum()),
+                     shown((A, *bounds["A"]), ".3g"), shown((alpha, *bounds["alpha"]), ".3g"),
+                     shown((limit, *bounds["P_star"]), ".3g"), f"{r2:.3f}"])
+        fit = A * compute**-alpha + limit
         series += [{"name": split, "x": compute.tolist(), "y": accuracy.tolist(), "kind": "points"},
-                   {"name": f"{split}, fit", "x": fine.tolist(), "y": (A * fine**-alpha + P_star).tolist(),
-                    "kind": "line"}]
-    figure = {"title": "Accuracy against compute", "x": "training FLOPs of RPT", "y": "next-token reasoning accuracy",
-              "log_x": True, "series": series}
-    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the mean over seeds at each checkpoint, with "
-                   "residual-bootstrap intervals.", ["split", "checkpoints", "A", "alpha", "P*", "R²"], rows, figure)
+                   {"name": split, "x": compute.tolist(), "y": fit.tolist()}]
+    for name in CONTROLS:
+        accuracy = [np.mean(found.values(f"{name}/{share}", "reasoning", 0.5)[0]) / 100
+                    for share in SHARES]
+        series.append({"name": f"{MODELS[name]}, easy", "y": accuracy,
+                       "x": [share * float(compute[-1]) for share in SHARES]})
+    figure = {"title": "Accuracy against compute", "x": "training FLOPs", "log_x": True,
+              "y": "next-token reasoning accuracy", "series": series}
+    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the mean over seeds, with "
+                   "residual-bootstrap intervals; unsaturated: below 95 % of the last accuracy.",
+                   ["split", "checkpoints", "unsaturated", "A", "alpha", "P*", "R²"], rows, figure)
 
 
-def sections(found: dict[str, list[dict]]) -> list[dict]:
-    """Everything that was measured, as tables and figures."""
-    head = ["", *(f"{split} (> {t} nats)" for split, t in evaluation.SPLITS.items())]
-    base, after = (pooled(found["table 1"], name) for name in ("base", "RPT"))
-    measures = (("standard", "standard (argmax)"), ("reasoning", "reasoning"), ("vote", "reasoning, majority of 8"),
-                ("pass", "reasoning, pass@8"))
-    one = [accuracies(f"{name}, {label}", records, key) for key, label in measures
-           for name, records in (("base", base), ("RPT", after))]
-    ntp = pooled(found["matched ntp"], "records")
-    steps = ", ".join(str(each["steps"]) for each in found["matched ntp"])
-    one += [accuracies("continual next-token training, standard", ntp, "standard"),
-            accuracies("continual next-token training, reasoning", ntp, "reasoning")]
-    parse = {name: 100 * np.mean([np.mean(r["parsed"]) for r in records])
-             for name, records in (("base", base), ("RPT", after))}
-    lengths = (np.mean([each["length"] for each in found["table 1"]], axis=0),
-               np.mean([each["reward"] for each in found["table 1"]], axis=0))
-    time = list(range(len(lengths[0])))
-    out = [section("Table 1: next-token accuracy",
-                   f"In %, on held-out documents. Responses that hold a prediction: base {parse['base']:.1f} %, "
-                   f"RPT {parse['RPT']:.1f} %. The next-token baseline had the FLOPs of RPT ({steps} steps).",
-                   head, one,
-                   {"title": "Response length during RPT", "x": "step", "y": "tokens", "log_x": False,
-                    "series": [{"name": "mean response length", "x": time, "y": lengths[0].tolist(), "kind": "line"}]}),
-           scaling_section(found["table 1"])]
-    differences = []
-    for name, records in [("RPT, prefix reward", after),
-                          *((name, pooled(found["variants"], name)) for name in VARIANTS)]:
-        differences.append(accuracies(name, records, "reasoning")
-                           + [f"{np.mean([np.mean(r['length']) for r in records]):.1f}"])
-    out.append(section("Rewards, controls and options of later work",
-                       "Reasoning accuracy in % after the same number of steps from the same base models.",
-                       [*head, "length"], differences))
-    two = []
-    for name in found["table 2"][0]:
-        pair = [pooled(found["table 2"], name, when) for when in (0, 1)]
-        two.append([name, *(interval([np.mean(r["reasoning"]) for r in records], [r["document"] for r in records])
-                            for records in pair)])
-    out.append(section("Table 2: RL with verifiable rewards afterwards",
-                       "Accuracy in % on held-out question-answer pairs, before and after 20 steps.",
-                       ["start", "before", "after"], two))
-    three = []
-    for name in found["table 3"][0]:
-        records = pooled(found["table 3"], name)
-        three.append([name, *(interval([np.mean(r[key]) for r in records], [r["document"] for r in records])
-                              for key in ("standard", "reasoning"))])
-    out.append(section("Table 3: zero-shot multiple choice",
-                       "Accuracy in % on stories of 3 to 8 cups; chance is about 20 %.",
-                       ["model", "standard", "reasoning"], three))
-    four = []
-    for name in found["templates"][0]:
-        records = pooled(found["templates"], name)
-        documents = [r["document"] for r in records]
-        four.append([name, interval([np.mean(r["reasoning"]) for r in records], documents),
-                     interval([float(max(r["reasoning"])) for r in records], documents)])
-    out.append(section("Prompt templates before training",
-                       "The base model has seen only the toy's own template; the paper's are foreign to it.",
-                       ["template", "random@1", "pass@8"], four))
-    five, words = [], []
-    for name in found["patterns"][0]:
-        rows = [(seed, each[name]) for seed, each in enumerate(found["patterns"])]
-        documents = [(seed, d) for seed, each in rows for d in each["documents"]]
-        five.append([name, *(interval([v for _, each in rows for v in each[kind]], documents)
-                             for kind in ("full", "partial", "none"))])
-        words.append(f"{name}: {max(max(each['keywords'].values()) for _, each in rows):.0%}")
-    out.append(section("Reasoning patterns",
-                       "Share of responses in % whose thought follows all swaps, some, or none. The paper's six "
-                       f"keyword groups occur in at most: {'; '.join(words)}: the toy's thoughts have no words.",
-                       ["", "full chain", "partial", "none"], five))
-    return out
+def patterns(found: Findings) -> dict:
+    """How far thoughts go through the swaps, the paper's keywords, and the course of RPT."""
+    rows, lines = found.rows("rpt/rollouts"), []
+    steps = max(row["step"] for row in rows) + 1
+    for first in (0, steps - 5):
+        some = [row for row in rows if first <= row["step"] < first + 5]
+        kinds, documents = [chain(row) for row in some], [row["document"] for row in some]
+        cells = [shown(bootstrap_interval([100.0 * (each == kind) for each in kinds], documents))
+                 for kind in ("full", "partial", "none")]
+        words = reasoning_patterns([row["response"] for row in some]).values()
+        lines.append([f"steps {first} to {first + 4}", *cells, f"{100 * max(words):.1f}"])
+    metrics, figures = found.rows("rpt/metrics"), []
+    for key in ("reward", "length", "informative", "informative_expected"):
+        y = np.array([row[key] for row in metrics]).reshape(-1, steps).mean(0).tolist()
+        figures.append({"title": f"RPT, {key}", "x": "step",
+                        "series": [{"x": list(range(steps)), "y": y}]})
+    return section("Patterns, and the course of RPT",
+                   "Responses in % whose thought follows all swaps, some or none, and the most "
+                   "frequent of the paper's six keyword groups: the toy's thoughts have no words.",
+                   ["", "full chain", "partial", "none", "keywords"], lines, *figures)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer questions")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds (0 1 2; quick: 0)")
-    parser.add_argument("--out", default="", help="folder (runs/miniature, or runs/quick)")
-    parser.add_argument("--figures", default="", help="folder for the figures as SVG (none)")
-    args = parser.parse_args(argv)
-    root = Path(args.out or ("runs/quick" if args.quick else "runs/miniature"))
-    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    found: dict[str, list[dict]] = {name: [] for name in EXPERIMENTS}
-    bar = tqdm(total=len(seeds) * len(EXPERIMENTS), desc="miniature", unit="experiment")
-    for seed in seeds:
-        lab = Lab(root, seed, args.quick)
-        for name, experiment in EXPERIMENTS.items():
-            bar.set_postfix_str(f"seed {seed}: {name}")
-            file = lab.path("results") / f"{name}.json"
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                train.write_json(file, experiment(lab))
-            found[name].append(json.loads(file.read_text()))
-            bar.update()
-    bar.close()
-    results = {"title": f"The paper in miniature, seeds {', '.join(map(str, seeds))}", "sections": sections(found)}
-    train.write_json(root / "results.json", results)
-    text = "\n\n".join(markdown(part) for part in results["sections"])
-    (root / "results.md").write_text(text + "\n")
-    report.main([str(root)])
-    if args.figures:
-        Path(args.figures).mkdir(parents=True, exist_ok=True)
-        (Path(args.figures) / "results.md").write_text(text + "\n")
-        for part in results["sections"]:
-            if "figure" in part:
-                name = re.sub(r"\W+", "-", part["figure"]["title"].lower())
-                (Path(args.figures) / f"{name}.svg").write_text(report.svg(part["figure"]))
-    print(text)
+def chain(row: dict) -> str:
+    """How much of its story's swaps a response's thought goes through."""
+    swaps = len(re.findall(r" \d \w \w\.", row["context"]))
+    said = len(re.findall(r" \d \w \w \w\.", row["response"].split("</think>")[0]))
+    return "none" if not said else "full" if said == swaps else "partial"
 
 
 def markdown(part: dict) -> str:
     """A section as Markdown."""
-    lines = [part["table"]["head"], ["---"] * len(part["table"]["head"]), *part["table"]["rows"]]
-    return f"**{part['title']}.** {part['text']}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head, rows = part["table"].values()
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return f"## {part['title']}\n\n{part['text']}\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer questions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
+    args = parser.parse_args()
+    folders = [args.out.resolve() / str(seed) for seed in args.seeds[: 1 if args.quick else None]]
+    questions = f"--questions {150 if args.quick else 500}"
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        for names in ORDER:
+            list(pool.map(lambda pair: build(*pair, questions),
+                          [(folder, name) for name in names for folder in folders]))
+    found = Findings(folders)
+    sections = [claims(found), *tables(found), scaling(found), patterns(found)]
+    train.write_json(args.out / "results.json",
+                     {"title": "The paper in miniature", "sections": sections})
+    (args.out / "results.md").write_text("\n".join(map(markdown, sections)))
+    for figure in (figure for part in sections for figure in part["figures"]):
+        name = figure["title"].lower().replace(" ", "-")
+        (args.out / f"{name}.svg").write_text(svg(figure))
+    report.main([str(args.out)])
 
 
 if __name__ == "__main__":
