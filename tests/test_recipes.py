@@ -24,7 +24,7 @@ from paper.recipes.longer_predictions import longer
 from rpt import Completion, Group, Policy
 from test_rpt import GRADIENT, METHOD, descent
 from test_train import results, rows
-from worker import by_length
+from worker import coin
 
 FOLDER = Path(auxiliary_loss.__file__).parent
 RECIPES = sorted(file.stem for file in FOLDER.glob("[a-z]*.py"))
@@ -105,7 +105,7 @@ def test_the_auxiliary_loss_adds_the_gradient_of_next_token_prediction(toy, toke
     method = dataclasses.replace(METHOD, questions=3, grad_clip=1e9)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     groups, metrics = auxiliary_loss.one_step(policy, optimizer, lambda *_: questions, 0, method,
-                                              by_length, 0)
+                                              coin, 0)
     moved = {name: before[name] - p.detach() for name, p in policy.model.named_parameters()}
     policy.model.load_state_dict(before)
     tokens = sum(len(c.ids) for group in groups for c in group.completions)

@@ -16,7 +16,7 @@ from helpers import (ExplicitDevices, assert_rounds_to, exact_gradient, exact_lo
                      plain_logits, tiny)
 from rpt import (Completion, Group, Method, Policy, Response, group_advantages, policy_loss,
                  rollout, rpt_step, token_logprobs, update)
-from worker import by_length, uneven
+from worker import coin, uneven
 
 METHOD = Method(questions=6, group_size=4, temperature=0.8, max_prompt=128, max_response=12,
                 template="toy", max_rows=10)
@@ -50,7 +50,7 @@ def policy(tokenizer):
     return Policy(tiny(vocab_size=len(tokenizer), tie_word_embeddings=True), tokenizer)
 
 
-def sampled(policy, questions, method=METHOD, reward=by_length):
+def sampled(policy, questions, method=METHOD, reward=coin):
     return rollout(policy, [((0, n), q) for n, q in enumerate(questions)], method, reward, 0, 0)
 
 
@@ -307,7 +307,7 @@ def draw_from(questions, count=6):
 def test_the_trainer_gives_the_samplers_log_probabilities(policy, questions, temperature):
     method = dataclasses.replace(METHOD, temperature=temperature)
     groups, metrics = rpt_step(policy, sgd(policy.model), draw_from(questions), 0, method,
-                               by_length, seed=1)
+                               coin, seed=1)
     trained = [(g.prompt, c.ids) for g in groups if g.informative for c in g.completions]
     exact, allowed = exact_logprobs(policy.model, trained, temperature)
     assert metrics["trained_tokens"] == sum(len(ids) for _, ids in trained)
@@ -320,7 +320,7 @@ def test_one_step_moves_the_weights_by_the_clipped_gradient_of_all_its_tokens(po
     for clip in (1e9, 0.01):
         before, method = copy_of(policy.model), dataclasses.replace(METHOD, grad_clip=clip)
         groups, metrics = rpt_step(policy, sgd(policy.model, 1.0), draw_from(questions), 0, method,
-                                   by_length, 0)
+                                   coin, 0)
         moved = {name: before[name] - p.detach() for name, p in policy.model.named_parameters()}
         policy.model.load_state_dict(before)
         tokens = sum(len(c.ids) for g in groups for c in g.completions)  # of equal groups too
@@ -339,7 +339,7 @@ def test_a_second_update_is_clipped(policy, questions):
     def moved(updates, clip):
         before, method = copy_of(policy.model), dataclasses.replace(
             METHOD, updates=updates, clip_low=min(clip, 1), clip_high=clip)
-        rpt_step(policy, sgd(policy.model, 0.05), draw_from(questions), 0, method, by_length, 0)
+        rpt_step(policy, sgd(policy.model, 0.05), draw_from(questions), 0, method, coin, 0)
         squares = [(p.detach() - before[name]).square().sum()
                    for name, p in policy.model.named_parameters()]
         policy.model.load_state_dict(before)
@@ -381,7 +381,7 @@ def test_dynamic_sampling_trains_on_informative_groups_and_stops_at_its_cap(poli
 
 @pytest.mark.parametrize("what", ["weight", "gradient", "reward"])
 def test_a_non_finite_number_skips_the_step_and_keeps_the_weights(policy, questions, what):
-    model, rewards = policy.model, by_length
+    model, rewards = policy.model, coin
     if what == "weight":
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
@@ -389,7 +389,7 @@ def test_a_non_finite_number_skips_the_step_and_keeps_the_weights(policy, questi
         model.model.layers[1].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
     else:
         def rewards(responses, question, policy):
-            return [float("nan"), *by_length(responses[1:], question, policy)]
+            return [float("nan"), *coin(responses[1:], question, policy)]
     before = copy_of(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     _, metrics = rpt_step(policy, optimizer, draw_from(questions), 0, METHOD, rewards, 0)
@@ -423,11 +423,11 @@ def test_the_prompt_of_a_group_is_its_questions(policy, questions):
 def test_a_whole_step_names_its_devices(policy, questions):
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
     with ExplicitDevices():
-        _, metrics = rpt_step(policy, optimizer, draw_from(questions), 0, METHOD, by_length, 0)
+        _, metrics = rpt_step(policy, optimizer, draw_from(questions), 0, METHOD, coin, 0)
     assert metrics["informative"] > 0
     torch.set_default_device("meta")
     try:
-        _, metrics = rpt_step(policy, optimizer, draw_from(questions), 1, METHOD, by_length, 0)
+        _, metrics = rpt_step(policy, optimizer, draw_from(questions), 1, METHOD, coin, 0)
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"])

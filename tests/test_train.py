@@ -26,7 +26,7 @@ from data import Question, Tokenizer, load_corpus
 from helpers import ROOT, assert_rounds_to, exact_gradient, tiny
 from model import load_pretrained
 from rpt import Completion, Group, Method
-from worker import by_length
+from worker import coin
 
 EPSILON = 2**-23
 
@@ -276,7 +276,7 @@ def test_out_of_memory_says_what_to_lower(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rpt, "policy_loss", full)
     with pytest.raises(SystemExit, match=r"\(Tried to allocate 8 GiB\): lower --micro-tokens"):
-        train.main(command(tmp_path / "run"), reward=by_length)
+        train.main(command(tmp_path / "run"), reward=coin)
 
 
 def test_three_steps_without_finite_numbers_stop_a_run_however_often_it_is_started(

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,16 +29,16 @@ PLACES = {"training": (rpt, "policy_loss"), "writing": (dcp, "save"),
           "renaming": (train, "write_json")}
 
 
-def by_length(responses, question, policy):
-    """A reward that any model can earn: an odd number of bytes."""
-    return [float(len(response) % 2) for response in responses]
+def coin(responses, question, policy):
+    """A reward that any model can earn: 1 for half of all responses, 0 for b""."""
+    return [float(crc32(response) % 2) for response in responses]
 
 
 def uneven(responses, question, policy):
     """Rewards such that some processes have much to train on and some nothing."""
     if question.document % 3 == 0:
         return [0.0] * len(responses)
-    return by_length(responses, question, policy)
+    return coin(responses, question, policy)
 
 
 class Record:
