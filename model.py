@@ -471,12 +471,6 @@ def unsharded(model: "Transformer") -> Iterator[None]:
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def sum_gradients(model: "Transformer", on: bool) -> None:
-    """Whether the next backward pass sums sharded gradients over processes, or keeps its own."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(on)
-
-
 # ------------------------------------------------------------------------------ checkpoints
 
 

@@ -31,8 +31,8 @@ def one_step(policy, optimizer, draw, step, method, reward, seed):
     plain = [(ids[:1], [Response(ids[1:], [0.0] * (len(ids) - 1), 1.0, WEIGHT / predicted)])
              for ids in contexts]
     optimizer.zero_grad(set_to_none=True)
-    figures = accumulate(policy.model, policy_examples(kept, method, tokens, sequences), method,
-                         reduce=False)
+    examples = policy_examples(kept, method, tokens, sequences)
+    figures = accumulate(policy.model, examples, method)
     auxiliary = replace(method, temperature=1.0, updates=1)
     figures += accumulate(policy.model, plain, auxiliary)
     metrics = optimizer_step(policy.model, optimizer, figures, method.grad_clip)
