@@ -1,6 +1,6 @@
 """Trains by Reinforcement Pre-Training: `torchrun train.py` shows it on the toy world in toy/.
 
-    torchrun train.py                                    RPT on the toy, then the table of accuracies
+    torchrun train.py                                    RPT on the toy, then accuracies
     python train.py --model ID --corpus FILE --out DIR                  a small real language model
     torchrun --nproc-per-node 8 train.py --recipe paper --model ID --corpus ID --out DIR
     python train.py --stage ntp --model ID --corpus FILE --out DIR      next-token training: plain
