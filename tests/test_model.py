@@ -227,6 +227,8 @@ def backward_in_two(model, batch) -> list[torch.Tensor]:
         if terms:
             sum(terms).backward(retain_graph=True)
     torch.autograd.backward(roots, [leaf.grad for leaf in (*leaves.tensors(), last)])
+    for kept, root in zip(prefix.tensors(), roots[:-1], strict=True):
+        assert kept is root  # also where activations were computed again
     return logits
 
 
