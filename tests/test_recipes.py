@@ -96,7 +96,9 @@ def test_capital_letters_are_the_usual_positions_before_one(toy, tokenizer, tmp_
 # ---- RMT's auxiliary loss
 
 
-def test_the_auxiliary_loss_adds_the_gradient_of_next_token_prediction(toy, tokenizer):
+def test_the_auxiliary_loss_adds_the_gradient_of_next_token_prediction(toy):
+    tokenizer = Tokenizer.from_dir(toy / "base")
+    tokenizer.eos_ids = list(range(0, len(tokenizer), 9))  # a random model ends a response, too
     policy = Policy(tiny(vocab_size=len(tokenizer), tie_word_embeddings=True), tokenizer)
     texts = ["The ball is under A. 1 C A.", "2 B A.", "The ball"]
     questions = [Question(tuple(tokenizer.encode(text)), (b" A",), n, 0)

@@ -373,6 +373,7 @@ def test_dynamic_sampling_trains_on_informative_groups_and_stops_at_its_cap(poli
     kept = [g for g in groups if g.kept]
     assert 1 < len(calls) <= 6 and len(groups) == 6 * len(calls) and metrics["informative"] == 6
     assert kept == [g for g in groups if g.informative][:6]  # the first to come
+    assert sum(g.informative for g in groups[:-6]) < 6  # and no draw more than it takes
     calls.clear()
     groups, metrics = step(2, lambda r, q, p: [0.0] * len(r))
     assert calls == list(range(6)) and not any(g.kept for g in groups)
