@@ -126,6 +126,7 @@ class Watch:
             cache = batch.cache
             numbers = sum(x.numel() for x in (*cache.prompts, *cache.own))
             assert numbers == per_column * cache.tokens()
+            assert cache.own[0].shape[2] < batch.limit + sampler.GROWTH  # nothing for the done
             assert cache.tokens(growth=growth) <= bound or len(cache.counts) == 1
 
         def step(batch):
