@@ -1,7 +1,7 @@
 """The paper in miniature: its tables and figures on toy worlds, and its critics' controls.
 
     python -m paper.miniature                  seeds 0, 1, 2, each with a base of its own
-    python -m paper.miniature --quick          one seed, fewer questions
+    python -m paper.miniature --quick          seed 0 alone
 
 It only runs the commands that a reader would: toy.make, train.py, the recipes, eval.py, two at a
 time, in a folder for each seed; log.txt there has all of them. A real model and corpus go through
@@ -92,13 +92,14 @@ def exam(folder: Path, name: str, file: str, line: str) -> None:
     """Asks a model; the records are complete or absent."""
     out = folder / name / f"{file}.jsonl"
     if not out.exists():
+        part = folder / name / "part"
         said = command(folder, f"eval {name}/model {ASKED} --out {name}/part {line}")
-        (folder / name / "part").rename(out)
         if file == "perplexity":
-            out.write_text(said[said.index("["):])
+            part.write_text(said[said.index("["):])
+        part.rename(out)
 
 
-def build(folder: Path, name: str, questions: str) -> None:
+def build(folder: Path, name: str) -> None:
     """Trains a model of a seed, and examines it."""
     if name in CONTROLS:
         matched(folder, name)
@@ -107,7 +108,7 @@ def build(folder: Path, name: str, questions: str) -> None:
     elif not (folder / name / "model").exists():
         world(folder)
     for file, line in (EXAMS | (TEMPLATES if name == "base" else {})).items():
-        exam(folder, name, file, f"{questions} {line}")
+        exam(folder, name, file, line)
     if name in MODELS:
         exam(folder, name, "perplexity", f"{STORIES} --perplexity")
 
@@ -243,9 +244,10 @@ def perplexity(folders: Sequence[Path], name: str) -> str:
 
 
 def scaling(found: Findings) -> dict:
-    """P(C) = A / C^alpha + P*, fitted per split to the means over seeds at each checkpoint."""
-    evals = [list(report.read_lines(folder / "rpt" / "evals.jsonl"))[1:]
-             for folder in found.folders]
+    """P(C) = A / C^alpha + P*, fitted per split to the means over seeds at each checkpoint from a
+    tenth of the run on, where the paper's first point is."""
+    evals = [list(report.read_lines(folder / "rpt" / "evals.jsonl")) for folder in found.folders]
+    evals = [rows[len(rows) // 10:] for rows in evals]
     steps = [row["step"] - 1 for row in evals[0]]
     compute = np.mean([flops(folder, "rpt")[steps] for folder in found.folders], 0)
     rows, series = [], []
@@ -267,8 +269,9 @@ def scaling(found: Findings) -> dict:
                        "x": [share * float(compute[-1]) for share in SHARES]})
     figure = {"title": "Accuracy against compute", "x": "training FLOPs", "log_x": True,
               "y": "next-token reasoning accuracy", "series": series}
-    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the mean over seeds, with "
-                   "residual-bootstrap intervals; unsaturated: below 95 % of the last accuracy.",
+    return section("Scaling", "P(C) = A / C^alpha + P*, least squares on the means over seeds from "
+                   "a tenth of the run on, with residual-bootstrap intervals; unsaturated: below "
+                   "95 % of the last accuracy.",
                    ["split", "checkpoints", "unsaturated", "A", "alpha", "P*", "R²"], rows, figure)
 
 
@@ -286,8 +289,8 @@ def patterns(found: Findings) -> dict:
     metrics, figures = found.rows("rpt/metrics"), []
     for key in ("reward", "length", "informative", "informative_expected"):
         y = np.array([row[key] for row in metrics]).reshape(-1, steps).mean(0).tolist()
-        figures.append({"title": f"RPT, {key}", "x": "step",
-                        "series": [{"x": list(range(steps)), "y": y}]})
+        series = [{"x": list(range(steps)), "y": y}]
+        figures.append({"title": f"RPT, {key}", "x": "step", "series": series})
     return section("Patterns, and the course of RPT",
                    "Responses in % whose thought follows all swaps, some or none, and the most "
                    "frequent of the paper's six keyword groups: the toy's thoughts have no words.",
@@ -312,18 +315,18 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer questions")
+    parser.add_argument("--quick", action="store_true", help="the first seed alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
     args = parser.parse_args()
-    folders = [args.out.resolve() / str(seed) for seed in args.seeds[: 1 if args.quick else None]]
-    questions = f"--questions {150 if args.quick else 500}"
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    folders = [args.out.resolve() / str(seed) for seed in seeds]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         for names in ORDER:
-            list(pool.map(lambda pair: build(*pair, questions),
-                          [(folder, name) for name in names for folder in folders]))
+            parts = [(folder, name) for name in names for folder in folders]
+            list(pool.map(build, *zip(*parts)))
     found = Findings(folders)
     sections = [claims(found), *tables(found), scaling(found), patterns(found)]
     train.write_json(args.out / "results.json",
