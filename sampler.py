@@ -32,7 +32,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -137,18 +136,19 @@ class KVCache:
     def admit(self, prefix: PrefixCache, counts: Sequence[int]) -> None:
         """Adds computed prompts as groups, with counts[i] rows each."""
         columns = max(self.prompts[0].shape[2], prefix.keys[0].shape[2])
+        rows = len(self.age) + sum(counts)
         for i, fresh in enumerate(prefix.tensors()):
-            parts = _resized(self.prompts[i], columns), _resized(fresh.transpose(0, 1), columns)
-            self.prompts[i] = torch.cat(parts, dim=1)
-            self.own[i] = F.pad(self.own[i], (0, 0, 0, 0, 0, sum(counts)))
+            parts = self.prompts[i], fresh.transpose(0, 1)
+            self.prompts[i] = torch.cat([_extended(x, columns, dim=2) for x in parts], dim=1)
+            self.own[i] = _extended(self.own[i], rows, dim=1)
         self.lengths += prefix.sizes
         self.counts += counts
-        self._arrange(F.pad(self.age, (0, sum(counts))))
+        self._arrange(_extended(self.age, rows))
 
     def grow(self) -> None:
         """Another block of columns for the rows' own tokens."""
         for i, x in enumerate(self.own):  # one layer at a time: no second copy of the whole
-            self.own[i] = _resized(x, x.shape[2] + GROWTH)
+            self.own[i] = _extended(x, x.shape[2] + GROWTH, dim=2)
         self._arrange(self.age)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -221,9 +221,11 @@ class KVCache:
         return out.transpose(0, 1).reshape(rows, 1, -1)
 
 
-def _resized(x: Tensor, columns: int) -> Tensor:
-    """x [n, rows, columns, d] with zeros in columns that are new."""
-    return F.pad(x, (0, 0, 0, columns - x.shape[2]))
+def _extended(x: Tensor, size: int, dim: int = 0) -> Tensor:
+    """x with zeros behind it, of this size in one dimension."""
+    shape = list(x.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat((x, x.new_zeros(shape)), dim)
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -298,7 +300,7 @@ class Batch:
         owners = [(job.prompt, sample) for job in jobs for sample in job.samples]
         self.owners += owners
         for name in self.STATE:
-            setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, len(owners))))
+            setattr(self, name, _extended(getattr(self, name), len(self.owners)))
         new = slice(-len(owners), None)
         self.uniform[new] = torch.from_numpy(np.stack(
             [uniforms(self.sampling.seed, self.keys[prompt], sample, self.limit + 1)

@@ -182,6 +182,7 @@ def test_random_configurations_end_and_hold_their_bound_and_give_the_same(
     counts = Counter()
     for number, (model_type, prompts, arguments) in enumerate(random_configurations(count, seed)):
         monkeypatch.setattr(sampler, "GROWTH", (4, 16, 32)[number % 3])
+        monkeypatch.setattr(sampler, "ROOM", (1 / 8, 1 / 2)[number % 2])
         model, how = tiny(model_type, seed=arguments["seed"]), dict(arguments)
         bounds = {name: how.pop(name) for name in ("max_rows", "cache_tokens")}
         wanted = generate(model, prompts, **how)
@@ -371,18 +372,18 @@ def test_a_token_inverts_the_cumulative_distribution_exactly(V, temperature):
         share = rounded[row, :k].sum() + 0.001 * rounded[row, k]
         uniform[row] = share / rounded[row].sum()
     token, logprob = sample_tokens(logits, uniform, temperature)
-    # A float32 log-probability of magnitude up to 20 is off by an epsilon of that, and as much
-    # again for the sum of exponentials; so is, relatively, each share of the distribution.
+    # The logarithm of a float32 sum over the vocabulary is off by 1 to 5 epsilons of the largest
+    # log-probability, by processor; so is, relatively, each share of the distribution.
     scale = max(1.0, logprobs.abs().max().item())
     for row in range(n):
         cumulative = list(itertools.accumulate(map(float, rounded[row])))
         aim = float(uniform[row]) * cumulative[-1]
         choice = next(i for i, total in enumerate(cumulative) if total > aim)  # the definition
         before = exact[row, : token[row]].sum()
-        assert before - 4 * scale * epsilon <= uniform[row]
-        assert uniform[row] <= before + exact[row, token[row]] + 4 * scale * epsilon
+        assert before - 16 * scale * epsilon <= uniform[row]
+        assert uniform[row] <= before + exact[row, token[row]] + 16 * scale * epsilon
         assert int(token[row]) == choice
-    assert_rounds_to(logprob, logprobs.gather(1, token[:, None])[:, 0], 4, scale)
+    assert_rounds_to(logprob, logprobs.gather(1, token[:, None])[:, 0], 16, scale)
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
