@@ -467,38 +467,21 @@ def test_a_bad_argument_is_one_sentence_before_any_work(command, tmp_path, capsy
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "no such corpus"), (b'{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
-    (b"", "no documents"), (b'{"text": "ab"}\n' * 50, "document"),
-    (b'{"text": "The ball is under A."}\n', "leaves no document")])
+    ('{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
+    ('{"text": "ab"}\n' * 50, "document"), ('{"text": "The ball."}\n', "leaves no document")])
 def test_a_bad_corpus_is_one_sentence_and_leaves_no_run(command, tmp_path, capsys, content, words):
-    corpus = tmp_path / "corpus.jsonl"
-    if content is not None:
-        corpus.write_bytes(content)
-    arguments = "--recipe", "toy", "--corpus", corpus, "--min-context", 4
+    (tmp_path / "corpus.jsonl").write_text(content)
+    arguments = "--recipe", "toy", "--corpus", tmp_path / "corpus.jsonl", "--min-context", 4
     error = refused(capsys, command(tmp_path / "run", *arguments))
-    assert words in error and "\n" not in error
-    assert not (tmp_path / "run").exists()
+    assert words in error and "\n" not in error and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("damage, words", [
-    ("no config", "no config.json"), ("no weights", "no weights"), ("truncated", "corrupt"),
-    ("small vocabulary", "vocabulary only 100")])
-def test_a_bad_model_is_one_sentence(toy, command, tmp_path, capsys, damage, words):
+def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused(toy, command, tmp_path, capsys):
     folder = shutil.copytree(toy / "base", tmp_path / "model")
-    (weights,), config = folder.glob("*.safetensors"), folder / "config.json"
-    if damage == "no config":
-        config.unlink()
-    elif damage == "no weights":
-        weights.unlink()
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    elif damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 100}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     arguments = command(tmp_path / "run", "--recipe", "toy", "--model", folder)
-    error = refused(capsys, arguments)
-    assert words in error and "\n" not in error
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "vocabulary only 100" in refused(capsys, arguments)
 
 
 def test_recipes_are_the_papers_a_small_models_and_the_toys():
