@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("model", "sampler", "reward", "data", "rpt", "train", "eval")
 OURS = {str(ROOT / f"{name}.py") for name in MODULES}
 TORCH = str(Path(torch.__file__).parent)
+ITS_OWN = (f"{TORCH}/utils/checkpoint.py", f"{TORCH}/optim/")
 TINY = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "rope_theta": 1000.0}
@@ -198,8 +199,8 @@ def _assert_drawn(ids: Sequence[int], logprobs: Sequence[float], uniform: float 
 class ExplicitDevices(TorchFunctionMode):
     """Raises where one of our files makes a tensor without saying on which device.
 
-    A call counts as ours if our file is the nearest caller outside of torch. Backward passes are
-    watched too.
+    A call counts as ours if our file is the nearest caller outside of torch, but not what some
+    releases' recomputation and optimizers make for themselves. Backward passes are watched too.
     """
 
     FACTORIES = _device_constructors()  # zeros, tensor, ...: what torch.device redirects
@@ -209,6 +210,8 @@ class ExplicitDevices(TorchFunctionMode):
         if func in self.FACTORIES and kwargs.get("device") is None:
             frame = sys._getframe(1)
             while (file := frame.f_code.co_filename) == __file__ or file.startswith(TORCH):
+                if file.startswith(ITS_OWN):
+                    break
                 frame = frame.f_back
             if file in OURS:
                 raise AssertionError(f"{file}:{frame.f_lineno}: {func.__name__} without device=")
