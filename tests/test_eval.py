@@ -247,9 +247,9 @@ def test_entropies_are_named_by_the_content_of_what_matters(toy, corpus, tmp_pat
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5000.0}))
     assert measured_again(replace(proxy, model=tmp_path / "moved"))
     other, proxy = load(toy / "base"), replace(proxy, model=tmp_path / "two")
-    for change in (0, 1):
+    for _ in range(2):
         with torch.no_grad():
-            other.model.norm.weight[0] += change
+            other.model.norm.weight[0] += 1
         save_pretrained(other, tmp_path / "two", corpus.tokenizer)
         assert measured_again(proxy) and not measured_again(proxy)
 
