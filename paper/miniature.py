@@ -223,8 +223,9 @@ def tables(found: Findings) -> list[dict]:
             for name in TEMPLATES]
     return [section("Table 1: next-token accuracy",
                     "In %, on held-out stories. The controls had RPT's FLOPs.", head, one),
-            section("Table 2: RL with verifiable rewards afterwards", "Questions with answers, "
-                    "in %, the mean of 4 samples; 10 steps of RL.", ["start", "before", "after"], two),
+            section("Table 2: RL with verifiable rewards afterwards",
+                    "Questions with answers, in %, the mean of 4 samples; 10 steps of RL.",
+                    ["start", "before", "after"], two),
             section("Table 3: multiple choice, and perplexity",
                     "Zero-shot, in %; perplexity of held-out stories.",
                     ["", "standard", "reasoning", "perplexity"], three),
