@@ -17,7 +17,6 @@ STYLE = """
 .plot text{fill:currentColor}.plot .title{fill:var(--ink,currentColor);font-weight:600}
 .plot .grid{stroke:currentColor;stroke-opacity:.17}
 .plot .line{fill:none;stroke:var(--c);stroke-width:2}
-.plot .bar{fill:none;stroke:var(--c);stroke-width:1.5}
 .plot .band{fill:var(--c);fill-opacity:.17}.plot .mark{fill:var(--c)}
 .c0{--c:#0072b2}.c1{--c:#d55e00}.c2{--c:#009e73}.c3{--c:#b5578f}.c4{--c:#a67c00}.c5{--c:#7d7d7d}
 @media(prefers-color-scheme:dark){.plot{color:var(--muted,#9198a1)}
@@ -40,16 +39,14 @@ def number(value: object) -> float | None:
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """About five round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n, or on a log axis a
-    few of each decade."""
+    """About five round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n; on a log axis at even
+    distances."""
     if log:
         powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-        factors = (1, 2, 5) if len(powers) <= 2 else (1,)
-        some = [float(f"{factor}e{n}") for n in powers[:: math.ceil(len(powers) / 7)]
-                for factor in factors]
-        inside = [x for x in some if low <= x <= high]
+        marks = [float(f"{factor}e{n}") for n in powers for factor in (1, 2, 5)]
+        inside = [x for x in marks if low <= x <= high]
         if len(inside) > 1:
-            return inside
+            return inside[:: math.ceil(len(inside) / 7)]
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(power * factor for factor in (1, 2, 5, 10) if high - low <= 6 * power * factor)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -82,26 +79,22 @@ def axis(values: Sequence[float | None], log: bool, start: float,
     return place, ticks(10**a, 10**b, True) if log else ticks(a, b)
 
 
-def draw(points: Sequence[tuple], style: int, line: bool, marks: bool) -> Iterator[str]:
+def draw(points: Sequence[tuple], style: int, line: bool) -> Iterator[str]:
     """SVG of one series of (x, y, low, high) in pixels; a missing x or y breaks the line."""
     colour, dash = f"c{style % COLOURS}", DASHES[style % len(DASHES)]
     for known, group in groupby(points, lambda p: p[0] is not None and p[1] is not None):
         whole = list(group) if known else []
-        bars = [p for p in whole if p[2] is not None and p[3] is not None]
-        if line and len(whole) == len(bars) > 1:
+        if line and len(whole) > 1:
             edge = [(x, low) for x, _, low, _ in whole]
             edge += [(x, high) for x, _, _, high in reversed(whole)]
-            corners = " ".join(f"{x},{y}" for x, y in edge)
-            yield f'<polygon class="band {colour}" points="{corners}"/>'
-        else:
-            for x, _, low, high in bars:
-                yield (f'<path class="bar {colour}" '
-                       f'd="M{x} {low}V{high}M{x - 4} {low}h8M{x - 4} {high}h8"/>')
-        if line and len(whole) > 1:
-            path = " ".join(f"{p[0]},{p[1]}" for p in whole)
+            if all(y is not None for _, y in edge):
+                corners = " ".join(f"{x},{y}" for x, y in edge)
+                yield f'<polygon class="band {colour}" points="{corners}"/>'
+            path = " ".join(f"{x},{y}" for x, y, *_ in whole)
             yield f'<polyline class="line {colour}" stroke-dasharray="{dash}" points="{path}"/>'
-        for x, y, _, _ in whole if marks or len(whole) == 1 else ():
-            yield f'<circle class="mark {colour}" cx="{x}" cy="{y}" r="4"/>'
+        else:
+            for x, y, *_ in whole:
+                yield f'<circle class="mark {colour}" cx="{x}" cy="{y}" r="4"/>'
 
 
 def legend(names: Sequence[str], width: int, top: float) -> tuple[list[str], float]:
@@ -111,7 +104,7 @@ def legend(names: Sequence[str], width: int, top: float) -> tuple[list[str], flo
         if left > 10 and left + 30 + 7 * len(name) > width:
             left, top = 10.0, top + 19
         sample = [(x, top + 9, None, None) for x in (left, left + 20)]
-        parts += draw(sample, style, True, False)
+        parts += draw(sample, style, True)
         parts.append(f'<text x="{left + 26}" y="{top + 13.5}">{escape(name)}</text>')
         left += 44 + 7 * len(name)
     return parts, top + 22
@@ -122,7 +115,7 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
     "low", "high", "kind": "line" or "points"}]}.
 
     Series of one name, as a fit and its points, share a colour and an entry in the legend. low and
-    high are drawn as a band around a line, as bars around points.
+    high are drawn as a band around a line.
     """
     series = []
     for given in figure.get("series") or []:
@@ -131,7 +124,6 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
         points = list(zip(x, y, low + [None] * len(x), high + [None] * len(x)))
         series.append((str(given.get("name", ""))[:60], given.get("kind") != "points", points))
     names = list(dict.fromkeys(name for name, *_ in series))
-    dotted = {name for name, line, _ in series if not line}
     title, unit = (escape(str(figure.get(key, ""))[: width // 6]) for key in ("title", "y"))
     parts, top = legend(names, width, 28.0) if len(names) > 1 else ([], 28.0)
     top, height = top + 25, max(height, int(top) + 175)  # a long legend does not eat the figure
@@ -142,9 +134,8 @@ def svg(figure: dict, width: int = 640, height: int = 360) -> str:
     for y in y_ticks:
         parts.append(f'<path class="grid" d="M{left} {y_of(y)}H{width - 12}"/>')
     for name, line, points in series:
-        marks = not line or len(points) <= 12 and name not in dotted
         placed = [(x_of(x), *map(y_of, rest)) for x, *rest in points]
-        parts += draw(placed, names.index(name), line, marks)
+        parts += draw(placed, names.index(name), line)
     texts = [(12, 20, "start", "title", title), (12, top - 13, "start", "unit", unit),
              ((left + width) / 2, height - 9, "middle", "unit", escape(figure.get("x", "")))]
     texts += [(left - 7, y_of(y) + 4.5, "end", "tick", tick_label(y)) for y in y_ticks]

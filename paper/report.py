@@ -275,7 +275,8 @@ def page(folders: Sequence[Path]) -> str:
     exams = dict.fromkeys(name for run in runs for row in run.evals
                           for name, of in row.items() if isinstance(of, dict))
     sections = [part for given in results for part in given.get("sections") or []]
-    sections += [exam_section(runs, exam) for exam in exams] + [curve_section(runs)]
+    sections += [exam_section(runs, exam) for exam in exams]
+    sections += [curve_section(runs)] if any(run.metrics for run in runs) else []
     rollouts = browser(folders[0] / "rollouts.jsonl", runs[0].settings.get("stage", ""))
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "

@@ -303,7 +303,7 @@ def test_points_lie_where_the_axis_says_and_share_a_legend_with_their_fit():
 
 
 def test_ticks_are_round_few_and_inside():
-    assert figure.ticks(1e-8, 1e-5, True) == [1e-8, 1e-7, 1e-6, 1e-5]
+    assert figure.ticks(1e-8, 1e-5, True) == [1e-8, 5e-8, 2e-7, 1e-6, 5e-6]
     assert figure.ticks(2, 90, True) == [2, 5, 10, 20, 50]
     draw = random.Random(1)
     for _ in range(2000):
