@@ -391,6 +391,15 @@ class PrefixCache:
         return copy
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], x [n, ...] and rows int64 [B], with a gradient that is the same to the bit each time.
+
+    Where rows repeat, as those of a group do, the gradient of x[rows] is added up on a CPU by
+    whichever thread comes first, and that of index_select on CUDA likewise; an embedding's is not.
+    """
+    return F.embedding(rows, x.flatten(1)).unflatten(1, x.shape[1:])
+
+
 class Continuation:
     """Many tokens at once behind shared prompts: row i continues prompt rows[i] of the prefix.
 
@@ -416,7 +425,7 @@ class Continuation:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = self.prefix.keys[layer], self.prefix.values[layer]
-        k, v = (torch.cat((prompts[self.rows, :, : self.columns], own), dim=2)
+        k, v = (torch.cat((take_rows(prompts[:, :, : self.columns], self.rows), own), dim=2)
                 for prompts, own in zip(before, (k, v)))
         return attend(q, k, v, self.mask)
 

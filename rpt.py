@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data import TEMPLATES, Question, Tokenizer, prompt_ids
 from model import (Continuation, PrefixCache, Transformer, all_gather, all_sum, rank_and_world,
-                   unsharded)
+                   take_rows, unsharded)
 from sampler import Completion, generate, last_hidden, pad
 
 STD_EPSILON = 1e-6  # added to a group's standard deviation, which is not 0 where it is used
@@ -409,10 +409,11 @@ def response_logprobs(model: Transformer, prefix: PrefixCache, last: Tensor, res
     of its responses.
     """
     device = model.head.device
-    rows = [row for row, _ in responses]
     ids = pad([response.ids for _, response in responses], device)  # [rows, T]
-    hidden = model(ids, Continuation(prefix, rows))
-    hidden = torch.cat((last[rows][:, None], hidden[:, :-1]), dim=1).flatten(0, 1)
+    continuation = Continuation(prefix, [row for row, _ in responses])
+    hidden = model(ids, continuation)
+    first = take_rows(last, continuation.rows)[:, None]
+    hidden = torch.cat((first, hidden[:, :-1]), dim=1).flatten(0, 1)
     lengths = np.array([len(response.ids) for _, response in responses])
     real = np.flatnonzero(np.arange(ids.shape[1]) < lengths[:, None])  # known here: nobody waits
     real = torch.from_numpy(real).to(device)

@@ -578,3 +578,23 @@ def test_no_file_uses_a_tensor_constructor_which_has_no_device():
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             implicit = name == "Tensor" or name.startswith("torch.") and name.endswith("Tensor")
             assert not implicit, f"{file}:{node.lineno}"
+
+
+def test_the_gradient_of_shared_prompts_is_the_same_bits_again_on_two_threads():
+    """What a resumed run repeats. Indexing with repeated rows fails here: its threads race."""
+    random = torch.Generator("cpu").manual_seed(0)
+    prefix, rows = PrefixCache([200] * 8, torch.device("cpu")), [n % 8 for n in range(64)]
+    prefix.keys, prefix.values = ([torch.randn(8, 2, 200, 16, generator=random)] for _ in "kv")
+    prefix, seen, threads = prefix.detached(), set(), torch.get_num_threads()
+    q, k, v = (torch.randn(64, heads, 3, 16, generator=random) for heads in (4, 2, 2))
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            continuation = Continuation(prefix, rows)
+            continuation.positions(3)
+            gradients = torch.autograd.grad(continuation.attend(0, q, k, v).square().sum(),
+                                            prefix.tensors())
+            seen.add(b"".join(gradient.numpy().tobytes() for gradient in gradients))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
