@@ -399,8 +399,11 @@ def test_a_non_finite_number_skips_the_step_and_keeps_the_weights(policy, questi
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
 
 
-def test_the_policys_probability_is_its_plain_next_token_prediction(policy, questions):
+@pytest.mark.parametrize("bos", [[], [7]])
+def test_the_policys_probability_is_its_plain_next_token_prediction(policy, questions, bos,
+                                                                    monkeypatch):
     tokenizer, question = policy.tokenizer, questions[0]
+    monkeypatch.setattr(tokenizer, "bos", bos)
     text = [*tokenizer.bos, *question.context]
     exact = plain_logits(in_float64(policy.model), text)[-1].softmax(-1)
     contents = [tokenizer.token_bytes(i) for i in range(len(tokenizer))]
