@@ -11,7 +11,7 @@ import train
 from data import TEMPLATES, Question, Tokenizer
 from helpers import assert_rounds_to, plain_logits, tiny
 from paper.recipes import cold_start
-from paper.recipes.cold_start import KEEP, TAIL, ColdStart, annotation, guess
+from paper.recipes.cold_start import KEEP, TAIL, ColdStart, annotation, guess, on_track
 from rpt import Policy
 from test_rpt import METHOD
 from test_train import rows
@@ -54,14 +54,15 @@ def test_the_loss_is_the_forms_tokens_and_two_divergences_from_the_annotator(sta
         likely = ours[-1].clone()
         likely[special] = -torch.inf
         likely = likely.log_softmax(-1)
-        answer = annotation(tokenizer, context, guess(random, likely.exp()))
+        tail = int(random.choice(TAIL))
+        answer = annotation(tokenizer, context[-tail:], guess(random, likely.exp()))
         head = tokenizer.chat(TEMPLATES[METHOD.template], context)
         front = next(n for n in range(len(head)) if head[n:n + len(context)] == [*context])
         theirs = plain_logits(policy.model, head + answer).log_softmax(-1)
         for n, id in enumerate(answer):
-            if n != TAIL:
+            if n != tail:
                 form.append(-theirs[len(head) - 1 + n, id])
-        at = theirs[len(head) - 1 + TAIL]
+        at = theirs[len(head) - 1 + tail]
         at_guess.append(torch.where(likely.isfinite(), likely.exp() * (likely - at), 0).sum())
         kept += [(ours[n].exp() * (ours[n] - theirs[front + n])).sum() for n in places]
     want = sum(form) / len(form) + (sum(at_guess) / 2 + sum(kept) / len(kept)) / 2
@@ -78,10 +79,11 @@ def test_the_truth_is_never_looked_at(start, tokenizer):
 
 def test_an_annotation_is_the_end_of_the_context_and_a_boxed_guess(tokenizer):
     context, token = tokenizer.encode("The ball is under A. 1 C A."), tokenizer.encode(" B")[0]
-    ids = annotation(tokenizer, context, token)
-    tail = tokenizer.bytes_of(context[-TAIL:])
-    assert tokenizer.bytes_of(ids[:-1]) == tail + b" B</think>\n\n\\boxed{ B}"
-    assert ids[-1] in tokenizer.eos_ids and ids[TAIL + 1] == tokenizer.special["</think>"]
+    ids = annotation(tokenizer, context[-5:], token)
+    assert tokenizer.bytes_of(ids[:-1]) == b" 1 C A. B</think>\n\n\\boxed{ B}"
+    assert ids[-1] in tokenizer.eos_ids and ids[6] == tokenizer.special["</think>"]
+    assert on_track(tokenizer, context, ids)
+    assert not on_track(tokenizer, context[:-1], ids) and not on_track(tokenizer, context, ids[6:])
 
 
 def test_a_guess_follows_its_distribution():

@@ -5,15 +5,16 @@ r"""A cold start: a model that never reasons about its next token learns to, wit
 
 RPT needs a model that boxes predictions; the paper's was distilled from a reasoning one. Here a
 weak annotator answers questions of training documents, and the model imitates it: the thought says
-the last TAIL tokens of the context again and goes on with one guess, the box holds the guess. The
+the last few tokens of the context again and goes on with one guess, the box holds the guess. The
 guess is drawn from the model's own next-token distribution at temperature 1, and what is learned at
 its place is that whole distribution, so this teaches a format and a habit and no knowledge. At KEEP
 places of each context the model is held to its own distribution: a cold start that forgets language
 leaves nothing to reason with.
 
 The exported tokenizer opens the assistant's turn with <think> and, unless the template has none,
-an empty system message, which spares a short prompt a long greeting. metrics.jsonl says how often
-sampled thoughts begin with the end of the context (`on_track`) and hold a prediction (`parsed`).
+an empty system message, which spares a short prompt a long greeting. metrics.jsonl says now and
+then how many of the sampled responses can be read (`parsed`), and how many thoughts end where the
+context ends and add one token (`on_track`), on questions of training documents.
 """
 
 import json
@@ -35,11 +36,12 @@ from reward import reachable
 from rpt import optimizer_step, rollout, token_logprobs
 from sampler import pad
 
-TAIL, KEEP = 6, 16
+TAIL = range(4, 9)  # tokens of the context that a thought may begin with
+KEEP = 16  # places of each context where the model is held to its own distribution
 WARM_UP, DECAY = 5, 0.4  # steps in which the learning rate rises; the share in which it falls to 0
 LOOK = 16  # steps between looks at what the model says
 DEFAULTS = ("--recipe small --steps 128 --questions 16 --lr 3e-4 --weight-decay 0 --template toy "
-            f"--min-context {TAIL} --max-context 112 --max-prompt 384 --max-response 32 "
+            f"--min-context {max(TAIL)} --max-context 112 --max-prompt 384 --max-response 32 "
             "--dtype bfloat16 --eval-questions 0 --region solution").split()
 QUIET = ("{% if messages[0]['role'] != 'system' %}"
          "{% set messages = [{'role': 'system', 'content': ''}] + messages %}{% endif %}")
@@ -88,18 +90,21 @@ class ColdStart:
             plain = self.annotator.logits(hidden[rows, bos + places]).softmax(-1)
             logits = self.annotator.logits(hidden[rows, bos + sizes - 1])
             likely = logits.masked_fill(~sayable(policy, device), -torch.inf).softmax(-1)
-        answers = [annotation(tokenizer, question.context, guess(random, p))
-                   for question, random, p in zip(questions, randoms, likely[:, 0])]
+        tails = [int(random.choice(TAIL)) for random in randoms]
+        answers = [annotation(tokenizer, question.context[-tail:], guess(random, p))
+                   for question, tail, random, p in zip(questions, tails, randoms, likely[:, 0])]
         prompts = [prompt_ids(tokenizer, q, method.template, method.max_prompt) for q in questions]
 
         hidden = model(pad([p + a for p, a in zip(prompts, answers)], device))
-        before = np.array([[len(prompt) - 1] for prompt in prompts])  # predicts an answer's first
-        form = np.delete(np.arange(len(answers[0])), TAIL)
-        targets = torch.tensor(answers, device=device)[:, form].flatten()
-        spoken = hidden[rows, before + form].flatten(0, 1)
-        logprobs, entropy = token_logprobs(model, spoken, targets)
+        before = [len(prompt) - 1 for prompt in prompts]  # predicts an answer's first
+        form = [(row, before[row] + n, id) for row, answer in enumerate(answers)
+                for n, id in enumerate(answer) if n != tails[row]]
+        said_in, said_at, said = np.array(form).T
+        logprobs, entropy = token_logprobs(model, hidden[said_in, said_at],
+                                           torch.from_numpy(said).to(device))
+        guessed_at = np.add(before, tails)[:, None]
         front = tokenizer.chat(TEMPLATES[method.template], [-1]).index(-1)  # of a context
-        loss = (0.5 * divergence(likely, model.logits(hidden[rows, before + TAIL]))
+        loss = (0.5 * divergence(likely, model.logits(hidden[rows, guessed_at]))
                 + 0.5 * divergence(plain, model.logits(hidden[rows, front + places]))
                 - logprobs.mean())
         nothing, count = torch.zeros_like(loss), torch.full_like(loss, len(logprobs))
@@ -120,11 +125,11 @@ def guess(random, probabilities):
     return int(np.searchsorted(cumulative, random.random() * cumulative[-1], "right"))
 
 
-def annotation(tokenizer, context, token):
+def annotation(tokenizer, tail, token):
     """What the annotator says: the end of the context, a guess, and the guess in the box."""
     close = tokenizer.response_ids("</think>\n\n\\boxed{")
     end = [*tokenizer.response_ids("}"), tokenizer.eos_ids[0]]
-    return [*context[-TAIL:], token, *close, token, *end]
+    return [*tail, token, *close, token, *end]
 
 
 def divergence(target, logits):
@@ -134,17 +139,24 @@ def divergence(target, logits):
 
 
 def look(policy, questions, step, method, reward, seed):
-    """Groups of two responses to this process's share of questions of training documents, and how
-    often, over all processes, the thought begins with the end of the context."""
+    """Groups of two responses to this process's share of questions of training documents, and the
+    share of thoughts, over all processes, that are on track."""
     rank, world = rank_and_world()
     numbered = [((1, n), question) for n, question in enumerate(questions)][rank::world]
     with unsharded(policy.model):
         groups = rollout(policy, numbered, replace(method, group_size=2), reward, seed, step)
-    tails = [policy.tokenizer.bytes_of(group.question.context[-TAIL:]) for group in groups]
-    found = [text.startswith(tail) for group, tail in zip(groups, tails)
-             for text in group.responses]
+    found = [on_track(policy.tokenizer, group.question.context, c.ids)
+             for group in groups for c in group.completions]
     right, said = all_sum(sum(found), len(found))
     return groups, right / said
+
+
+def on_track(tokenizer, context, ids):
+    """Whether a thought but for its last token is what the context ends with."""
+    mark = tokenizer.response_ids("</think>")
+    ends = [n for n in range(len(ids)) if ids[n: n + len(mark)] == mark]
+    thought = ids[: ends[0] - 1] if ends else []
+    return len(thought) > 0 and [*context[-len(thought):]] == thought
 
 
 def without_greeting(source: Path, folder: Path) -> Path:
