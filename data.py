@@ -103,7 +103,8 @@ class Tokenizer:
             key: NO_PREFIX[key] for key in step.keys() & NO_PREFIX.keys()})
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._encoder, self._inside = (
-            tokenizers.Tokenizer.from_str(json.dumps(spec | plain | each)) for each in (steps, bare))
+            tokenizers.Tokenizer.from_str(json.dumps(spec | plain | wanted))
+            for wanted in (steps, bare))
         # What follows a special token begins a text too, but for Metaspace's scheme "first".
         self._first_only = '"prepend_scheme": "first"' in written
 
@@ -574,9 +575,9 @@ class QuestionSet:
 class PositionFilter:
     """The positions to ask about, after the paper's token-level filter (section 3.2).
 
-    kind "threshold": entropy above `value` nats; "top": the `value` share of highest entropy, the
-    equals of the last too; "random": a random `value` share. Contexts of min_context to max_context
-    tokens (0: no bound). region "solution": only what follows a problem or prompt.
+    kind "threshold": entropy above `value` nats; "top": the `value` share of highest entropy, and
+    what equals the last of it; "random": a random `value` share. Contexts of min_context to
+    max_context tokens (0: no bound). region "solution": only what follows a problem or prompt.
     """
 
     kind: str = "threshold"

@@ -51,7 +51,7 @@ def test_rows_become_documents(tmp_path):
         ({"problem": "only a problem", "answer": "7"},
          Document("only a problem", 5, "only a problem", "7")),
         ({"prompt": "A\u030a?", "response": "b</think>"},
-         Document("Å?\n\nb</think>", 6, prompt="Å?", response="b</think>")),
+         Document("Å?", 6, response="b</think>")),
         ({"text": "t", "prompt": "p", "response": "r"}, Document("t", 7)),
     ]
     file = write(tmp_path / "a.jsonl", *(row for row, _ in rows))
@@ -82,22 +82,19 @@ def test_a_text_file_is_parted_where_endoftext_ends_a_line(text, wanted, tmp_pat
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: cannot be read as JSON"),
     ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl line 2: expected a JSON object"),
     ("a.jsonl", b'{"text": "x"}\n{"text": " \\n"}\n', "a.jsonl line 2: empty document"),
-    ("a.jsonl", b'{"body": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"solution": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"prompt": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: byte 10 is not UTF-8"),
-    ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate pair"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: cannot be read as JSON"),
     ("a.jsonl", b'{"prompt": "x", "response": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate"),
-    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: not JSON"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: cannot be read as JSON"),
     ("a.jsonl", b"\n \n", "a.jsonl: no documents"),
-    ("a.txt", b"", "a.txt: no documents"),
     ("a.txt", b"x\n<|endoftext|>\n\n<|endoftext|>\ny", "a.txt document 2: empty document"),
-    ("a.txt", b"x\xff", "a.txt document 1: byte 1 is not UTF-8"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read (Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: cannot be read"),
+    ("a.txt", b"x\xff", "a.txt document 1: cannot be read as UTF-8"),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read as JSON (Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: cannot be read as JSON"),
     ("a.csv", b"x", "a.csv: a corpus is a .jsonl, .jsonl.gz or .txt file"),
 ])
 def test_what_is_wrong_with_a_corpus_is_one_sentence_with_file_and_line(
@@ -116,7 +113,7 @@ def test_a_document_of_100_megabytes_is_refused_before_it_is_read(name, begin, w
         file.write(begin)
         file.truncate(100 * 10**6)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=f"{name} {where} 2: longer than 16 MiB"):
+    with pytest.raises(ValueError, match=f"{name} {where} 2: .*longer than 16 MiB"):
         read_corpus(tmp_path / name)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -125,10 +122,10 @@ def test_a_document_of_100_megabytes_is_refused_before_it_is_read(name, begin, w
 
 def test_a_dataset_of_the_hub_is_its_text_files(tmp_path, monkeypatch):
     import huggingface_hub
-    asked = []
 
     def snapshot(name: str, **options) -> str:
-        asked.append((name, options))
+        assert options == {"repo_type": "dataset",
+                           "allow_patterns": ["*.jsonl", "*.jsonl.gz", "*.txt"]}
         if name == "them/Offline":
             raise OSError("cannot\nreach it")
         return str(tmp_path / name)
@@ -137,18 +134,11 @@ def test_a_dataset_of_the_hub_is_its_text_files(tmp_path, monkeypatch):
     (tmp_path / "us/Math").mkdir(parents=True)
     write(tmp_path / "us/Math/test.jsonl", {"text": "a"})
     assert read_corpus("us/Math") == [Document("a", 0)]
-    assert asked == [("us/Math", {"repo_type": "dataset",
-                                  "allow_patterns": ["*.jsonl", "*.jsonl.gz", "*.txt"]})]
     convert = r"us/Parquet: .*load_dataset\('us/Parquet', split='train'\).to_json\('corpus.jsonl'\)"
     with pytest.raises(ValueError, match=convert):
         read_corpus("us/Parquet")
-    with pytest.raises(FileNotFoundError, match=r"not available from the hub \(cannot reach it\)"):
+    with pytest.raises(FileNotFoundError, match="them/Offline: no such corpus.*cannot reach"):
         read_corpus("them/Offline")
-    asked.clear()
-    for name in (tmp_path / "none.jsonl", "data/none.jsonl", "none", "../us/Math"):
-        with pytest.raises(FileNotFoundError, match="no such corpus$"):
-            read_corpus(name)
-    assert not asked
 
 
 # Held-out documents
@@ -192,16 +182,6 @@ def test_near_duplicates_of_held_out_documents_leave_training_and_no_others_do()
                 seen[overlap > 0, part, jaccard >= Fraction(1, 2)] += 1
     assert all(seen[case] > 20 for case in (
         (True, TRAIN, False), (True, DROPPED, True), (True, DROPPED, False), (False, TRAIN, False)))
-
-
-def test_a_held_out_text_within_a_longer_one_is_not_trained_on():
-    rng, texts = random.Random(2), []
-    for _ in range(40):
-        words = sentence(rng, 60)
-        texts += [" ".join(words), " ".join(sentence(rng, 200) + words + sentence(rng, 200))]
-    parts = split(texts, 40, 0)
-    twins = [parts[n ^ 1] for n, part in enumerate(parts) if part == HELD_OUT]
-    assert TRAIN not in twins and twins.count(DROPPED) > 10
 
 
 @pytest.mark.parametrize("letters, stop", [("的一是不了人我在有他这中大来上国", "。"), ("กขคงจฉชซฌญฎฏ", " ")])
@@ -267,12 +247,12 @@ def some_rows(rng: random.Random, count: int = 40) -> list[dict]:
     return rows
 
 
-def chat_tokenizer(kind: str) -> Tokenizer:
+def chat_tokenizer(kind: str, template: str = QWEN3) -> Tokenizer:
     if kind != "byte level":
         return read(MAKERS[kind]())
     settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
     return read(byte_level((*OF_QWEN, "<s>", "<think>", "</think>")),
-                tokenizer_config=settings | {"chat_template": QWEN3})
+                tokenizer_config=settings | {"chat_template": template})
 
 
 @pytest.fixture(params=MAKERS)
@@ -288,13 +268,12 @@ def test_a_corpus_is_the_ids_of_its_documents(corpus):
     tokenizer, exact = corpus.tokenizer, 0
     assert corpus.starts[0] == 0 and corpus.starts[-1] == len(corpus.tokens)
     assert corpus.tokens.dtype == np.uint32 and len(corpus.starts) == len(documents) + 1
-    asked = [document.prompt or document.text for document in documents]
-    assert corpus.split.tolist() == split(asked, 8, 1)
+    assert corpus.split.tolist() == split([document.text for document in documents], 8, 1)
     for n, document in enumerate(documents):
         ids, region = corpus.ids(n).tolist(), int(corpus.regions[n] - corpus.starts[n])
-        assert corpus.is_chat[n] == bool(document.prompt)
-        if document.prompt:
-            assert ids[:region] == tokenizer.chat(document.prompt)
+        assert corpus.is_chat[n] == bool(document.response)
+        if document.response:
+            assert ids[:region] == tokenizer.chat(document.text)
             assert ids[region:] == tokenizer.response_ids(document.response)
             continue
         assert ids == tokenizer.encode(document.text)
@@ -307,43 +286,39 @@ def test_a_corpus_is_the_ids_of_its_documents(corpus):
     assert exact > 3
 
 
-def test_a_corpus_is_tokenised_once_for_the_same_content(tmp_path, monkeypatch):
-    rows, cache, calls = some_rows(random.Random(0)), tmp_path / "cache", []
+def test_a_corpus_is_made_once_for_the_same_content(tmp_path, monkeypatch):
+    rows, made = some_rows(random.Random(0)), []
     file, tokenizer = write(tmp_path / "a.jsonl", *rows), chat_tokenizer("byte level")
-    tokenize, divide = data._tokenize, data.split_documents
-    monkeypatch.setattr(data, "_tokenize", lambda *a: calls.append("ids") or tokenize(*a))
-    monkeypatch.setattr(data, "split_documents", lambda *a: calls.append("split") or divide(*a))
+    divide = data.split_documents
+    monkeypatch.setattr(data, "split_documents", lambda *a: made.append(a) or divide(*a))
 
-    def load(tokenizer=tokenizer, source=file, holdout=8, seed=1) -> tuple[str, list[str]]:
-        calls.clear()
-        return load_corpus(source, tokenizer, cache, holdout, seed).fingerprint, list(calls)
+    def load(source=file, tokenizer=tokenizer, holdout=8, seed=1) -> tuple[str, bool]:
+        made.clear()
+        corpus = load_corpus(source, tokenizer, tmp_path / "cache", holdout, seed)
+        return corpus.fingerprint, bool(made)
 
-    first, made = load()
-    assert made == ["ids", "split"] and load() == (first, [])
-    assert load(seed=2) == (first, ["split"]) and load(holdout=9) == (first, ["split"])
+    first, _ = load()
+    assert load() == (first, False)
+    assert load(seed=2) == load(holdout=9) == (first, True)  # the same texts, parted otherwise
     (tmp_path / "moved").mkdir()
-    assert load(source=file.rename(tmp_path / "moved/a.jsonl")) == (first, [])
-    seen = {first}
-    plain = [row for row in rows if "text" in row]
-    for source, other in (
-            (write(tmp_path / "b.jsonl", *rows[:-1]), tokenizer), (tmp_path / "moved/a.jsonl", read(
-                byte_level((*OF_QWEN, "<think>", "</think>", "<x>", "<s>")))),
-            (write(tmp_path / "c.jsonl", *plain), tokenizer)):
-        name, made = load(other, source)
-        assert made == ["ids", "split"] and name not in seen
-        seen.add(name)
-    other = Tokenizer(tokenizer.files | {"chat_template.jinja": b"{{ messages[0].content }}"}, "x")
-    name, made = load(other, tmp_path / "c.jsonl")  # plain text knows no chat format
-    assert name in seen and load(other, tmp_path / "b.jsonl")[0] not in seen
+    moved = file.rename(tmp_path / "moved/a.jsonl")
+    assert load(moved) == (first, False)
+    special = byte_level((*OF_QWEN, "<think>", "</think>", "<x>", "<s>"))
+    plain = write(tmp_path / "c.jsonl", *(row for row in rows if "text" in row))
+    names = [load(write(tmp_path / "b.jsonl", *rows[:-1]))[0], load(plain)[0],
+             load(moved, read(special))[0]]
+    assert len({first, *names}) == 4
+    other = chat_tokenizer("byte level", template="{{ messages[0].content }}")
+    assert load(plain, other)[0] == names[1]  # plain text knows no chat format
+    assert load(moved, other)[0] != first
 
 
 def test_a_corpus_that_was_being_made_when_its_process_died_is_made_again(tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", *some_rows(random.Random(1)))
-    tokenizer, last = chat_tokenizer("byte level"), 0
+    tokenizer, cache = chat_tokenizer("byte level"), tmp_path / "cache"
     whole = load_corpus(file, tokenizer, tmp_path / "whole", 8, 1)
-    monkeypatch.setattr(data, "BATCH", 300)
-    batches = []
-    encode = tokenizer.encode_batch
+    monkeypatch.setattr(data, "BATCH", 3)
+    batches, encode, last = [], tokenizer.encode_batch, 0
 
     def dies(texts: list[str]) -> list[list[int]]:
         batches.append(texts)
@@ -352,28 +327,27 @@ def test_a_corpus_that_was_being_made_when_its_process_died_is_made_again(tmp_pa
         return encode(texts)
 
     tokenizer.encode_batch = dies
-    for last in (1, 3, 5):
+    for last in (1, 5):
         batches.clear()
         with pytest.raises(KeyboardInterrupt):
-            load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
-        written = list((tmp_path / "cache").glob("*/tokens.u32"))
-        assert [path.parent.suffix for path in written] == [".aside"]
+            load_corpus(file, tokenizer, cache, 8, 1)
+        assert [path.parent.suffix for path in cache.glob("*/tokens.u32")] == [".aside"]
     last = 0
-    again = load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
+    again = load_corpus(file, tokenizer, cache, 8, 1)
     assert len(batches) > 9 and again.fingerprint == whole.fingerprint
     for name in ("tokens", "starts", "regions", "is_chat", "split"):
         assert np.array_equal(getattr(again, name), getattr(whole, name))
-    tokens = next((tmp_path / "cache").glob("*/tokens.u32"))
+    tokens = next(cache.glob("*/tokens.u32"))
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"{tokens.parent}: .* tokens, not .*; remove it"):
-        load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
+        load_corpus(file, tokenizer, cache, 8, 1)
 
 
 WORKER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import data
-data.BATCH = 2000
+data.BATCH = 8
 corpus = data.load_corpus(sys.argv[2], data.Tokenizer.from_dir(sys.argv[3]), sys.argv[4], 8, 1)
 print(corpus.fingerprint, len(corpus.tokens), corpus.split.tolist())
 """
@@ -402,28 +376,19 @@ def test_a_document_that_its_tokens_cannot_spell_is_refused_by_number(tmp_path):
 
 
 def test_the_fingerprint_changes_with_every_input(tmp_path):
-    for name in ("model", "sub", "model/folder"):  # a folder within, as hub downloads have them
-        (tmp_path / name).mkdir()
+    (tmp_path / "model/folder").mkdir(parents=True)  # a folder within, as hub downloads have them
     (tmp_path / "model/a.json").write_text("12")
     (tmp_path / "model/b.json").write_text("34")
     base = ("text", b"bytes", 512, tmp_path / "model")
-    seen = {fingerprint(*base)}
-    assert {fingerprint(*base)} == seen and re.fullmatch("[0-9a-f]{24}", *seen)
-
-    def differs(*parts: object) -> None:
-        assert fingerprint(*parts) not in seen
-        seen.add(fingerprint(*parts))
-
-    for n, other in enumerate(("Text", b"Bytes", 513, tmp_path / "sub")):
-        differs(*base[:n], other, *base[n + 1:])
-    differs(*base, "")
-    differs(*base[1:])
-    differs("textb", *base[1:])
-    differs(*base[:3], tmp_path / "model/a.json")
-    (tmp_path / "model/b.json").write_text("35")  # content of the same size
-    differs(*base)
-    (tmp_path / "model/b.json").rename(tmp_path / "model/c.json")
-    differs(*base)
+    seen = [fingerprint(*base), fingerprint(*base[1:]), fingerprint(*base, ""),
+            fingerprint("textb", *base[1:]), fingerprint(*base[:3], tmp_path / "model/a.json"),
+            fingerprint("text", b"Bytes", *base[2:]), fingerprint(*base[:2], 513, base[3])]
+    assert fingerprint(*base) == seen[0] and re.fullmatch("[0-9a-f]{24}", seen[0])
+    (tmp_path / "model/a.json").write_text("13")  # content of the same size
+    seen.append(fingerprint(*base))
+    (tmp_path / "model/a.json").rename(tmp_path / "model/c.json")
+    seen.append(fingerprint(*base))
+    assert len(set(seen)) == len(seen)
 
 
 # Positions
@@ -477,10 +442,11 @@ def test_filters_keep_what_they_say(corpus, part, region, min_context, max_conte
 
     for threshold in (-1.0, 0.0, 0.5, 1.5, 99.0):
         assert asked("threshold", threshold) == {p for p in can if entropy[p] > threshold}
-    ranked = sorted(places, key=lambda place: (-entropy[place], place))
+    ranked = sorted((entropy[place] for place in places), reverse=True)
     numbers = np.random.default_rng([3, 5]).random(len(places))
-    for share in (0.0, 0.01, 0.1, 0.25, 0.8, 1.0):
-        assert asked("top", share) == set(ranked[: int(np.ceil(share * len(ranked)))]) & can
+    for share in (0.01, 0.1, 0.25, 0.8, 1.0):
+        least = ranked[int(np.ceil(share * len(ranked))) - 1] if ranked else 0
+        assert asked("top", share) == {p for p in can if entropy[p] >= least}
         kept = {place for place, number in zip(places, numbers) if number < share}
         assert asked("random", share, 3) == kept & can
 
@@ -541,7 +507,7 @@ def test_every_token_of_training_documents_is_predicted_once(corpus, max_tokens)
     for document in np.flatnonzero(corpus.split == TRAIN).tolist():
         ids = corpus.ids(document).tolist()
         if corpus.is_chat[document]:
-            prompt = corpus.tokenizer.chat(documents[document].prompt)
+            prompt = corpus.tokenizer.chat(documents[document].text)
             assert found.pop(0) == (prompt, ids[len(prompt):] + end)
             continue
         whole = bos + ids + end
@@ -572,22 +538,18 @@ def test_a_draw_depends_on_seed_step_and_retry_alone_and_holds_no_question_twice
     draws = {key: random_indices(50, *key, 10) for key in keys}
     assert all(random_indices(50, *key, 10) == numbers for key, numbers in reversed(draws.items()))
     assert len({tuple(numbers) for numbers in draws.values()}) == len(draws)
-    for numbers in draws.values():
-        assert len(set(numbers)) == 10 and set(numbers) <= set(range(50))
-    assert sorted(random_indices(10, 0, 0, 0, 10)) == list(range(10))
+    assert all(len(set(numbers)) == 10 and set(numbers) <= set(range(50))
+               for numbers in draws.values())
     few = random_indices(3, 0, 0, 0, 10)
     assert len(few) == 10 and set(few) <= {0, 1, 2}
 
 
 def test_draws_are_uniform():
-    counts, first = np.zeros(20), np.zeros(20)
+    counts = np.zeros(20)
     for step in range(4000):
-        numbers = random_indices(20, 7, step, step % 3, 5)
-        first[numbers[0]] += 1
-        counts[numbers] += 1
+        counts[random_indices(20, 7, step, step % 3, 5)] += 1
     # Pearson's statistic, 19 degrees of freedom: above 43.8 once in a thousand.
     # Without repetition the variance is 15/19.
-    assert ((first - 200) ** 2 / 200).sum() < 43.8
     assert ((counts - 1000) ** 2 / 1000).sum() * 19 / 15 < 43.8
 
 
