@@ -99,8 +99,8 @@ class Tokenizer:
         """The encoders, and the bytes of each id. ValueError if those cannot spell a text."""
         steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
         written = json.dumps(steps)
-        bare = json.loads(written, object_hook=lambda step: step | {
-            key: NO_PREFIX[key] for key in step.keys() & NO_PREFIX.keys()})
+        bare = json.loads(written, object_hook=lambda step: {
+            key: NO_PREFIX.get(key, value) for key, value in step.items()})
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._encoder, self._inside = (
             tokenizers.Tokenizer.from_str(json.dumps(spec | plain | wanted))
@@ -108,14 +108,13 @@ class Tokenizer:
         # What follows a special token begins a text too, but for Metaspace's scheme "first".
         self._first_only = '"prepend_scheme": "first"' in written
 
-        vocabulary = self._encoder.get_vocab()
-        self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
         spell = BYTE_LEVEL if "ByteLevel" in written else SENTENCEPIECE
-        for token, id in vocabulary.items():
-            self._bytes[id] = spell.get(token) or b"".join(
-                spell.get(char, char.encode()) for char in token)
-        for token, id in self.special.items():
-            self._bytes[id] = token.encode()
+        contents = {}
+        for token, id in self._encoder.get_vocab().items():
+            letters = [spell.get(char, char.encode()) for char in token]
+            contents[id] = spell.get(token) or b"".join(letters)
+        contents |= {id: token.encode() for token, id in self.special.items()}
+        self._bytes = [contents.get(id, b"") for id in range(1 + max(contents))]
         spelled = self.bytes_of(self.encode_inside(PROBE))
         if spelled != PROBE.encode():
             raise ValueError(f"its tokens spell {PROBE!r} as {spelled.decode(errors='replace')!r}; "
@@ -274,13 +273,13 @@ class Document:
     verifiable result. With a `response` the text is a prompt; in the chat format once encoded."""
 
     text: str
-    id: int
+    where: str  # file and line
     problem: str | None = None
     answer: str | None = None
     response: str | None = None
 
 
-def _document(row: object, id: int, where: str) -> Document:
+def _document(row: object, where: str) -> Document:
     """A JSON row: `text`, or prompt and response, or problem (question) and solution, joined by an
     empty line; `answer` where there is one."""
     if not isinstance(row, dict):
@@ -302,7 +301,7 @@ def _document(row: object, id: int, where: str) -> Document:
         raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; "
                          "mend the text")
     begins = problem and text.startswith(problem)
-    return Document(text, id, problem if begins else None, answer, response)
+    return Document(text, where, problem if begins else None, answer, response)
 
 
 def _pieces(content: BinaryIO, is_text: bool) -> Iterator[bytes]:
@@ -362,17 +361,17 @@ def corpus_files(source: str | Path) -> list[Path]:
 
 
 def documents(source: str | Path) -> Iterator[Document]:
-    """The documents of a corpus one by one, normalised to NFC, ids counting from 0.
+    """The documents of a corpus one by one, normalised to NFC.
 
     source: a .jsonl, .jsonl.gz or .txt file, a folder of them, or the id of a dataset of the hub
     that has some. In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name
     file and line.
     """
-    id = -1
+    where = None
     for file in corpus_files(source):
-        for id, (row, where) in enumerate(file_rows(file), id + 1):
-            yield _document(row, id, where)
-    if id < 0:
+        for row, where in file_rows(file):
+            yield _document(row, where)
+    if where is None:
         raise ValueError(f"{source}: no documents")
 
 
@@ -480,9 +479,8 @@ def _ids_and_region(document: Document, ids: list[int],
         return prompt + tokenizer.response_ids(document.response), len(prompt)
     spelled = tokenizer.bytes_of(ids)
     if not spelled.endswith(text.encode()):
-        raise ValueError(f"document {document.id + 1} of the corpus: its tokens do not spell it "
-                         "(SentencePiece reads the character ▁ as a space); mend the text: "
-                         f"{text[:60]!r}")
+        raise ValueError(f"{document.where}: its tokens do not spell it (SentencePiece reads the "
+                         f"character ▁ as a space); mend the text: {text[:60]!r}")
     if not document.problem:
         return ids, 0
     solution = text[len(document.problem):].lstrip().encode()
@@ -503,7 +501,7 @@ def _tokenize(source: str | Path, tokenizer: Tokenizer, file: Path) -> dict[str,
                 starts.append(starts[-1] + len(ids))
     regions, is_chat = zip(*rows)
     name = fingerprint(tokenizer.files["tokenizer.json"], file, starts, rows)
-    return {"starts": starts, "regions": regions, "is_chat": is_chat, "fingerprint": name}
+    return dict(starts=starts, regions=regions, is_chat=is_chat, fingerprint=name)
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
@@ -657,11 +655,10 @@ def answer_sets(source: str | Path, tokenizer: Tokenizer, holdout: int,
     problems = [row.problem or row.text for row in rows]
     train, held, dropped = sets = [], [], []
     split = split_documents(lambda: problems, holdout, seed)
-    for row, ids, part in zip(rows, tokenizer.encode_batch(problems), split):
+    for n, (row, ids) in enumerate(zip(rows, tokenizer.encode_batch(problems))):
         if row.answer is None:
-            raise ValueError(f"document {row.id + 1} of the corpus has no `answer`; "
-                             "stage rlvr needs one for every problem")
-        sets[part].append(Question(tuple(ids), (), row.id, 0, answer=row.answer))
+            raise ValueError(f"{row.where}: it has no `answer`, and every problem needs one")
+        sets[split[n]].append(Question(tuple(ids), (), n, 0, answer=row.answer))
     return train, held, (f"questions with answers: {len(train):,}, held out {len(held):,}, "
                          f"{len(dropped):,} near-duplicates dropped")
 

@@ -40,31 +40,29 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_rows_become_documents(tmp_path):
     rows = [
-        ({"text": "plain e\u0301"}, Document("plain é", 0)),
+        ({"text": "plain e\u0301"}, "plain é", {}),
         ({"problem": "P\u0041\u030a?", "solution": "S e\u0301.", "answer": 3, "difficulty": 5.5},
-         Document("PÅ?\n\nS é.", 1, "PÅ?", "3")),
-        ({"question": "Q?", "answer": "So 1+1=2.\n#### 2"},
-         Document("Q?\n\nSo 1+1=2.\n#### 2", 2, "Q?", "So 1+1=2.\n#### 2")),
-        ({"text": "P! and more", "problem": "P!", "answer": "x"},
-         Document("P! and more", 3, "P!", "x")),
-        ({"text": "no beginning", "problem": "P!"}, Document("no beginning", 4)),
-        ({"problem": "only a problem", "answer": "7"},
-         Document("only a problem", 5, "only a problem", "7")),
-        ({"prompt": "A\u030a?", "response": "b</think>"},
-         Document("Å?", 6, response="b</think>")),
-        ({"text": "t", "prompt": "p", "response": "r"}, Document("t", 7)),
+         "PÅ?\n\nS é.", {"problem": "PÅ?", "answer": "3"}),
+        ({"question": "Q?", "answer": "So 1+1=2.\n#### 2"}, "Q?\n\nSo 1+1=2.\n#### 2",
+         {"problem": "Q?", "answer": "So 1+1=2.\n#### 2"}),
+        ({"text": "P! and more", "problem": "P!", "answer": "x"}, "P! and more",
+         {"problem": "P!", "answer": "x"}),
+        ({"text": "no beginning", "problem": "P!"}, "no beginning", {}),
+        ({"problem": "only a problem", "answer": "7"}, "only a problem",
+         {"problem": "only a problem", "answer": "7"}),
+        ({"prompt": "A\u030a?", "response": "b</think>"}, "Å?", {"response": "b</think>"}),
+        ({"text": "t", "prompt": "p", "response": "r"}, "t", {}),
     ]
-    file = write(tmp_path / "a.jsonl", *(row for row, _ in rows))
-    assert read_corpus(file) == [document for _, document in rows]
+    file = write(tmp_path / "a.jsonl", *(row for row, _, _ in rows))
+    assert read_corpus(file) == [Document(text, f"{file} line {n}", **more)
+                                 for n, (_, text, more) in enumerate(rows, 1)]
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as out:
         out.write(file.read_bytes())
-    assert read_corpus(tmp_path / "b.jsonl.gz") == read_corpus(file)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/c.txt").write_text("c1\n<|endoftext|>\nc2")
     (tmp_path / "README.md").write_text("not a corpus")
-    texts = [document.text for document in read_corpus(file)]
-    assert [(d.id, d.text) for d in read_corpus(tmp_path)] == list(enumerate(
-        [*texts, *texts, "c1\n", "c2"]))
+    texts = [text for _, text, _ in rows]
+    assert [document.text for document in read_corpus(tmp_path)] == [*texts, *texts, "c1\n", "c2"]
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -133,7 +131,7 @@ def test_a_dataset_of_the_hub_is_its_text_files(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     (tmp_path / "us/Math").mkdir(parents=True)
     write(tmp_path / "us/Math/test.jsonl", {"text": "a"})
-    assert read_corpus("us/Math") == [Document("a", 0)]
+    assert [document.text for document in read_corpus("us/Math")] == ["a"]
     convert = r"us/Parquet: .*load_dataset\('us/Parquet', split='train'\).to_json\('corpus.jsonl'\)"
     with pytest.raises(ValueError, match=convert):
         read_corpus("us/Parquet")
@@ -228,7 +226,7 @@ def test_an_answer_set_is_held_out_by_its_problem_alone(tmp_path):
         assert question.context == tuple(tokenizer.encode(row["problem"]))
         assert question.answer == str(row["answer"]) and question.truth == ()
     del rows[2]["answer"]
-    with pytest.raises(ValueError, match="document 3 of the corpus has no `answer`"):
+    with pytest.raises(ValueError, match="a.jsonl line 3: it has no `answer`"):
         answer_sets(write(file, *rows), tokenizer, 1, 0)
 
 
@@ -371,7 +369,7 @@ def test_a_document_that_its_tokens_cannot_spell_is_refused_by_number(tmp_path):
     file = write(tmp_path / "a.jsonl", {"text": "a b"}, {"text": "a ▁ literal one"})
     load_corpus(file, chat_tokenizer("byte level"), tmp_path, 0, 0)
     for kind in ("prepend", "metaspace first"):
-        with pytest.raises(ValueError, match="document 2 of the corpus: .* ▁ .*'a ▁ literal one'"):
+        with pytest.raises(ValueError, match="a.jsonl line 2: .* ▁ .*'a ▁ literal one'"):
             load_corpus(file, read(MAKERS[kind]()), tmp_path, 0, 0)
 
 
@@ -568,8 +566,8 @@ def test_the_questions_of_omnimath_are_those_on_record(tmp_path):
     rows = (ASSETS / "data/omni_math_rule.jsonl").read_text().splitlines()[:300]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     corpus = load_corpus(tmp_path / "a.jsonl", tokenizer, tmp_path, 0, 0)
-    for document in read_corpus(tmp_path / "a.jsonl"):
-        assert tokenizer.bytes_of(corpus.ids(document.id)) == document.text.encode()
+    for n, document in enumerate(read_corpus(tmp_path / "a.jsonl")):
+        assert tokenizer.bytes_of(corpus.ids(n)) == document.text.encode()
     assert digest([corpus.ids(n).tolist() for n in range(300)]) == "0d96d6193a18b8ee"
     rng = np.random.default_rng(5)
     entropy = np.concatenate([rng.exponential(0.7, n) for n in np.diff(corpus.starts)])
