@@ -4,6 +4,7 @@ Oracles: the text's own UTF-8; the `tokenizers` library on the unchanged tokeniz
 published chat formats as literal text; transformers, where it is installed.
 """
 
+import itertools
 import json
 import os
 import random
@@ -120,13 +121,13 @@ def test_ids_are_the_librarys_and_their_bytes_those_of_the_text(kind):
 @pytest.mark.parametrize("kind", ["byte level", "prepend"])
 def test_a_token_is_found_by_its_bytes_and_ids_beyond_the_vocabulary_have_none(kind):
     tokenizer = read(MAKERS[kind]())
-    contents, size = [tokenizer.token_bytes(id) for id in range(len(tokenizer))], len(tokenizer)
-    for content in {*contents, b"no such token", b"\xff\xff\xff"}:
+    size = len(tokenizer)
+    contents = list(map(tokenizer.token_bytes, range(size)))
+    for content in {*contents, b"no such token"}:
         found = [id for id, other in enumerate(contents) if other == content]
         assert tokenizer.ids_of_token(content) == found
-    assert tokenizer.token_bytes(size) == tokenizer.token_bytes(10**6) == b""
-    assert tokenizer.bytes_of([size, *tokenizer.encode_inside("ab"), size + 7]) == b"ab"
-    assert tokenizer.tokens(b"\xff\xfe") == tokenizer.tokens(b"a\xe6\x97") == []  # not UTF-8
+    assert tokenizer.bytes_of([size, *tokenizer.encode_inside("ab"), 10**6]) == b"ab"
+    assert tokenizer.tokens(b"a\xe6\x97") == []  # not UTF-8
 
 
 def lossy(kind: str) -> tokenizers.Tokenizer:
@@ -212,22 +213,24 @@ def test_what_is_no_usable_tokenizer_is_one_sentence_that_names_its_folder(spec,
 
 def test_a_proxy_whose_ids_mean_something_else_is_refused():
     ours, spec = read(byte_level()), json.loads(byte_level().to_str())
-    a, b = sorted(spec["model"]["vocab"])[5:7]
     vocabulary = spec["model"]["vocab"]
+    a, b = sorted(vocabulary)[5:7]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     theirs = read(tokenizers.Tokenizer.from_str(json.dumps(spec)))
-    assert len(ours) == len(theirs)
     with pytest.raises(ValueError, match="proxy: token .* there and .* in the policy's tokenizer"):
         check_same_tokens(ours, theirs, "proxy")
     more = read(byte_level(("</s>", "<extra>")))
     check_same_tokens(ours, more, "proxy")
     with pytest.raises(ValueError, match=f"token {len(ours)} is b'' there and b'<extra>'"):
         check_same_tokens(more, ours, "proxy")
-    check_vocabulary(more, len(more), "model")
-    for tokenizer, size in ((more, len(more) - 1), (read(byte_level(), config={
-            "eos_token_id": 900}), 900)):
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    tokenizer, far = read(byte_level()), read(byte_level(), config={"eos_token_id": 900})
+    check_vocabulary(tokenizer, len(tokenizer), "model")
+    for one, size in ((tokenizer, len(tokenizer) - 1), (far, 900)):
         with pytest.raises(ValueError, match=f"model: the tokenizer has .* only {size}"):
-            check_vocabulary(tokenizer, size, "model")
+            check_vocabulary(one, size, "model")
 
 
 # The chat format: the published templates (of Qwen, the branches that a lone user message takes)
@@ -403,20 +406,20 @@ def test_template_v0_is_the_papers():
         assert "\\boxed{}" in template and "```{context}```" in template
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ["R1", "Llama 2"])
-def test_a_context_that_is_too_long_loses_its_beginning(name):
+def test_a_context_that_is_too_long_loses_its_beginning(name, template):
     rng, tokenizer = random.Random(0), family(name)
-    for template in TEMPLATES:
-        frame = len(tokenizer.chat(TEMPLATES[template], []))
-        for room, size in ((r, s) for r in (1, 2, 7, 50) for s in (0, 1, 6, 7, 8, 49, 50, 51, 300)):
-            context = tuple(rng.randrange(len(tokenizer)) for _ in range(size))
-            question = Question(context, (b"x",), 0, size)
-            prompt = prompt_ids(tokenizer, question, template, frame + room)
-            kept = context[max(0, size - room):]
-            assert prompt == tokenizer.chat(TEMPLATES[template], kept)
-            assert len(prompt) == frame + min(size, room)
-        with pytest.raises(ValueError, match=f"--max-prompt {frame}: template {template} takes"):
-            prompt_ids(tokenizer, question, template, frame)
+    frame = len(tokenizer.chat(TEMPLATES[template], []))
+    for room, size in itertools.product((1, 7, 50), (0, 1, 6, 7, 8, 300)):
+        context = tuple(rng.choices(range(len(tokenizer)), k=size))
+        question = Question(context, (b"x",), 0, size)
+        kept = context[max(0, size - room):]
+        prompt = prompt_ids(tokenizer, question, template, frame + room)
+        assert prompt == tokenizer.chat(TEMPLATES[template], kept)
+        assert len(prompt) == frame + len(kept)
+    with pytest.raises(ValueError, match=f"--max-prompt {frame}: template {template} takes"):
+        prompt_ids(tokenizer, question, template, frame)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
