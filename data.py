@@ -2,12 +2,12 @@ r"""From text to questions: tokenizer, chat format, corpora, the filter of posit
 
     documents --tokenize once--> flat files: tokens (uint32), starts (int64); np.memmap after that
         | a proxy model's entropy at every position, in the same order (paper, section 3.2; eval.py)
-        v positions that a filter keeps, document by document, by arrays
+        v positions that a filter keeps, block by block, by arrays
     Question(context ids, truth: bytes of each following token) --template, chat--> prompt ids
 
 Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact
 token boundaries. Nothing here knows a model, and nothing in memory grows with the tokens of a
-corpus. Left out: Unigram and WordPiece vocabularies, and all that cannot give back what it read.
+corpus. Left out: tokenizers that cannot give back what they read, such as WordPiece.
 """
 
 import fcntl
@@ -506,10 +506,10 @@ def _tokenize(source: str | Path, tokenizer: Tokenizer, file: Path) -> dict[str,
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
                 seed: int) -> Corpus:
-    """A corpus as flat files in a folder of `cache`, and its split; made once for the same content.
+    """A corpus as flat files in a folder of `cache`, made once for the same content and split.
 
-    source: see documents(). Files are written aside and renamed, under a lock that is taken before
-    anything is looked at, so several processes may begin together and any may be killed.
+    source: see documents(). The folder is written aside and renamed, under a lock that is taken
+    before anything is looked at, so several processes may begin together and any may be killed.
     """
     name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), holdout, seed,
                        *corpus_files(source))
@@ -628,18 +628,18 @@ def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter
     # Mostly the first token of a truth shows that it is reachable.
     vocabulary = range(len(corpus.tokenizer))
     alone = np.array([reachable([corpus.tokenizer.token_bytes(id)]) for id in vocabulary])
-    where = corpus, np.asarray(entropy), chosen, split
+    among = corpus, np.asarray(entropy), chosen, split
     if chosen.kind == "threshold":
-        kept = (places[values > chosen.value] for places, values in _candidates(*where))
+        kept = (places[values > chosen.value] for places, values in _candidates(*among))
     elif chosen.kind == "random":
         random = np.random.default_rng([chosen.seed, 5])
         kept = (places[random.random(len(places)) < chosen.value]
-                for places, _ in _candidates(*where))
+                for places, _ in _candidates(*among))
     elif chosen.kind == "top":
-        ranked = _on_disk((values for _, values in _candidates(*where)), np.float32)
+        ranked = _on_disk((values for _, values in _candidates(*among)), np.float32)
         ranked.sort()
         least = ranked[-int(np.ceil(chosen.value * len(ranked)))] if len(ranked) else np.inf
-        kept = (places[values >= least] for places, values in _candidates(*where))
+        kept = (places[values >= least] for places, values in _candidates(*among))
     else:
         raise ValueError(f"filter {chosen.kind!r}: it is threshold, top or random")
     return QuestionSet(corpus, entropy, _on_disk(map(reached, kept), np.int64))
@@ -677,14 +677,13 @@ class SequenceSet:
 
     def __getitem__(self, n: int) -> tuple[list[int], int]:
         document, begin = self.places[n]
-        corpus, ids = self.corpus, self.corpus.ids(document)
-        end = corpus.tokenizer.eos_ids[:1]
+        corpus = self.corpus
+        ids = np.append(corpus.ids(document), corpus.tokenizer.eos_ids[0])
         if corpus.is_chat[document]:
-            return ids.tolist() + end, int(corpus.regions[document] - corpus.starts[document])
+            return ids.tolist(), int(corpus.regions[document] - corpus.starts[document])
         # A window opens with the last token of the one before: every token is predicted once.
-        lead = ids[begin - 1: begin].tolist() if begin else corpus.tokenizer.bos
-        size = self.max_tokens - 1
-        return lead + (ids[begin: begin + size].tolist() + end)[:size], 1
+        before = ids[begin - 1: begin].tolist() if begin else corpus.tokenizer.bos
+        return before + ids[begin: begin + self.max_tokens - 1].tolist(), 1
 
 
 def sequences(corpus: Corpus, max_tokens: int) -> SequenceSet:
