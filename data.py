@@ -334,7 +334,7 @@ def file_rows(file: Path) -> Iterator[tuple[object, str]]:
                 elif piece.strip():
                     yield json.loads(piece), where
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: cannot be read as {kind} ({error})") from None
+        raise ValueError(f"{where}: not {kind} that can be read ({error})") from None
 
 
 def corpus_files(source: str | Path) -> list[Path]:

@@ -80,19 +80,19 @@ def test_a_text_file_is_parted_where_endoftext_ends_a_line(text, wanted, tmp_pat
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: cannot be read as JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: not JSON that can be read"),
     ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl line 2: expected a JSON object"),
     ("a.jsonl", b'{"text": "x"}\n{"text": " \\n"}\n', "a.jsonl line 2: empty document"),
     ("a.jsonl", b'{"solution": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"prompt": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: cannot be read as JSON"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: not JSON that can be read"),
     ("a.jsonl", b'{"prompt": "x", "response": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate"),
-    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: cannot be read as JSON"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: not JSON that can be read"),
     ("a.jsonl", b"\n \n", "a.jsonl: no documents"),
     ("a.txt", b"x\n<|endoftext|>\n\n<|endoftext|>\ny", "a.txt document 2: empty document"),
-    ("a.txt", b"x\xff", "a.txt document 1: cannot be read as UTF-8"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read as JSON (Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: cannot be read as JSON"),
+    ("a.txt", b"x\xff", "a.txt document 1: not UTF-8 that can be read"),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not JSON that can be read (Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: not JSON that can be read"),
     ("a.csv", b"x", "a.csv: a corpus is a .jsonl, .jsonl.gz or .txt file"),
 ])
 def test_what_is_wrong_with_a_corpus_is_one_sentence_with_file_and_line(
