@@ -2,12 +2,12 @@ r"""From text to questions: tokenizer, chat format, corpora, the filter of posit
 
     documents --tokenize once--> flat files: tokens (uint32), starts (int64); np.memmap after that
         | a proxy model's entropy at every position, in the same order (paper, section 3.2; eval.py)
-        v positions that a filter keeps, document by document, by arrays
+        v positions that a filter keeps, block by block, by arrays
     Question(context ids, truth: bytes of each following token) --template, chat--> prompt ids
 
 Text is bytes from here to the reward; a tokenizer may split a character, so only bytes have exact
 token boundaries. Nothing here knows a model, and nothing in memory grows with the tokens of a
-corpus. Left out: Unigram and WordPiece vocabularies, and all that cannot give back what it read.
+corpus. Left out: tokenizers that cannot give back what they read, such as WordPiece.
 """
 
 import fcntl
@@ -17,12 +17,13 @@ import json
 import re
 import shutil
 import tempfile
+import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,20 +36,19 @@ from reward import reachable
 
 # --------------------------------------------------------------------------------------- tokenizer
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json",
-         "chat_template.jinja")
 # Byte-level BPE writes a printable byte as its own Latin-1 character, the others in order as
-# characters 256, 257, ...
+# characters 256, 257, ...; SentencePiece writes a space as ▁, and a byte without token as <0x0A>.
 CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
-BYTE_OF_CHAR = dict(zip(CHARS, sorted(range(256), key=lambda byte: chr(byte) not in CHARS)))
+BYTES = sorted(range(256), key=lambda byte: chr(byte) not in CHARS)
+BYTE_LEVEL = {char: bytes([byte]) for char, byte in zip(CHARS, BYTES)}
+SENTENCEPIECE = {"▁": b" "} | {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 # What NFC leaves as it is and NFKC, lower-casing or a vocabulary without all bytes does not.
 PROBE = "Spelled  as It is:\n\tnaïve ﬁne ½ Ω，日本語 한글 🚀 ①\r\n{x_1} "
 NO_PREFIX = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
 # Chat templates, or what is put before and behind them; in what they render, \0 is the prompt.
 PLAIN_CHAT = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
-THINK = ("{{ '<think>\\n' if add_generation_prompt and (enable_thinking is not defined"
-         " or enable_thinking) else '' }}")
-SWITCH = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}"
+THINK = "{{ '<think>\\n' if add_generation_prompt and enable_thinking is not false }}"
+SWITCH = "{{% set enable_thinking = enable_thinking | default({}) %}}"
 
 
 class Tokenizer:
@@ -59,16 +59,13 @@ class Tokenizer:
     the ids, and in the bytes of the first of them, but not in the text.
     """
 
-    def __init__(self, files: dict[str, bytes], where: str, thinking: bool = True):
-        """files: the contents of those of FILES that exist. where: the folder that an error names.
-        thinking: whether the assistant thinks, see chat_format."""
-        spec, settings, generation, config = (_object(files, name, where) for name in FILES[:4])
-        try:
-            self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            self._read_model(spec)
-        except Exception as error:  # the Rust parser raises bare Exceptions
-            raise ValueError(f"{where}/tokenizer.json: not a usable tokenizer "
-                             f"({type(error).__name__}: {error})") from None
+    def __init__(self, folder: Path, thinking: bool = True):
+        """See from_dir, which says more when it fails."""
+        content = (folder / "tokenizer.json").read_bytes()
+        spec, settings, generation, config = (_json_object(folder / f"{name}.json") for name in (
+            "tokenizer", "tokenizer_config", "generation_config", "config"))
+        self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self._read_model(spec)
 
         names = {key: token["content"] if isinstance(token, dict) else token
                  for key, token in settings.items() if key.endswith("_token") and token}
@@ -77,76 +74,64 @@ class Tokenizer:
         wants_bos = settings.get("add_bos_token", f'"{bos}"' in added) and bos in self.special
         self.bos: list[int] = [self.special[bos]] if wants_bos else []
         ends = (generation.get("eos_token_id"), config.get("eos_token_id"), self.special.get(eos))
-        end = next((end for end in ends if end is not None), None)
-        if end is None:
-            raise ValueError(f"{where}: no end token in generation_config.json, config.json or "
+        known = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+        if not known:
+            raise ValueError("no end token in generation_config.json, config.json or "
                              "tokenizer_config.json")
-        self.eos_ids: list[int] = [end] if isinstance(end, int) else list(end)
+        self.eos_ids: list[int] = known[0]
 
-        template = settings.get("chat_template")
-        if isinstance(template, list):
-            template = next(each["template"] for each in template if each["name"] == "default")
-        template = files.get("chat_template.jinja", b"").decode() or template \
-            or "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT
-        template, self._trims, text = chat_format(template, thinking, names, where)
+        beside, template = folder / "chat_template.jinja", settings.get("chat_template")
+        if beside.exists():
+            template = beside.read_text()
+        elif isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}["default"]
+        template = template or "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT
+        template, self._trims, text = chat_format(template, thinking, names)
         tokens = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
         self._chat = re.split(f"({tokens or '(?!)'})", text)
         # What is saved: the tokenizer as it was read, the template and the end tokens as used.
         settings = json.dumps(settings | {"chat_template": template}, ensure_ascii=False, indent=1)
         generation = json.dumps(generation | {"eos_token_id": self.eos_ids})
-        self.files = {"tokenizer.json": files["tokenizer.json"],
-                      "tokenizer_config.json": settings.encode(),
+        self.files = {"tokenizer.json": content, "tokenizer_config.json": settings.encode(),
                       "generation_config.json": generation.encode()}
 
     def _read_model(self, spec: dict) -> None:
-        """The encoder, and the bytes of each id. ValueError if those cannot spell a text."""
-        steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
-        written = json.dumps(steps, ensure_ascii=False)
-        bare = json.loads(written, object_hook=lambda step: step | {
-            key: NO_PREFIX[key] for key in step.keys() & NO_PREFIX.keys()})
+        """The encoders, and the bytes of each id. ValueError if those cannot spell a text."""
+        steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+        written = json.dumps(steps)
+        bare = json.loads(written, object_hook=lambda step: {
+            key: NO_PREFIX.get(key, value) for key, value in step.items()})
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(spec | bare | plain))
-        self.adds_space = bare != steps
-        # A text with a space of its own gets none, but from the normalizer "Prepend"; what follows
-        # a special token begins a text too, but for Metaspace's scheme "first".
-        self._has_space = () if '"Prepend"' in written else " "
+        self._encoder, self._inside = (
+            tokenizers.Tokenizer.from_str(json.dumps(spec | plain | wanted))
+            for wanted in (steps, bare))
+        # What follows a special token begins a text too, but for Metaspace's scheme "first".
         self._first_only = '"prepend_scheme": "first"' in written
 
-        vocabulary = spec["model"]["vocab"]
-        if not isinstance(vocabulary, dict):
-            raise ValueError("only BPE vocabularies are supported")
-        self._bytes = [b""] * (1 + max([*vocabulary.values(), *self.special.values()]))
-        byte_level = "ByteLevel" in json.dumps([steps, spec.get("decoder")])
-        space = " " if "▁" in written else "▁"
-        for token, id in vocabulary.items():
-            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-            if byte_level and BYTE_OF_CHAR.keys() >= set(token):
-                self._bytes[id] = bytes(map(BYTE_OF_CHAR.get, token))
-            elif byte and not byte_level:
-                self._bytes[id] = bytes.fromhex(byte[1])
-            else:
-                self._bytes[id] = token.replace("▁", space).encode()
-        for token, id in self.special.items():
-            self._bytes[id] = token.encode()
-        self._ids_of = defaultdict(list)
-        for id, content in enumerate(self._bytes):
-            self._ids_of[content].append(id)
-
-        probe = PROBE + "▁" * (space == "▁")  # else ▁ is a space, and refused where a text has it
-        spelled = self.bytes_of(self.encode_inside(probe))
-        if spelled != probe.encode():
-            raise ValueError(f"its tokens spell {probe!r} as {spelled.decode(errors='replace')!r}; "
+        spell = BYTE_LEVEL if "ByteLevel" in written else SENTENCEPIECE
+        contents = {}
+        for token, id in self._encoder.get_vocab().items():
+            letters = [spell.get(char, char.encode()) for char in token]
+            contents[id] = spell.get(token) or b"".join(letters)
+        contents |= {id: token.encode() for token, id in self.special.items()}
+        self._bytes = [contents.get(id, b"") for id in range(1 + max(contents))]
+        spelled = self.bytes_of(self.encode_inside(PROBE))
+        if spelled != PROBE.encode():
+            raise ValueError(f"its tokens spell {PROBE!r} as {spelled.decode(errors='replace')!r}; "
                              "use one that keeps every byte, such as byte-level BPE")
+        self.adds_space = self.encode("x") != self.encode_inside("x")
 
     @classmethod
     def from_dir(cls, path: str | Path, thinking: bool = True) -> "Tokenizer":
-        """Reads tokenizer.json and the configs beside it; ValueError or FileNotFoundError of one
-        sentence."""
-        files = {file.name: file.read_bytes()
-                 for file in Path(path).glob("*") if file.name in FILES}
-        if "tokenizer.json" not in files:
-            raise FileNotFoundError(f"{path}: no tokenizer.json")
-        return cls(files, str(path), thinking)
+        """Reads tokenizer.json and the configs beside it; ValueError of one sentence.
+
+        thinking: whether the assistant thinks, see chat_format.
+        """
+        try:
+            return cls(Path(path), thinking)
+        except Exception as error:  # the Rust parser raises bare ones, and templates are programs
+            raise ValueError(f"{path}: the tokenizer or its chat template cannot be used "
+                             f"({type(error).__name__}: {error})") from None
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and its configs: apply_chat_template of what is written gives
@@ -157,24 +142,17 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._bytes)
 
-    def _begin(self, text: str) -> str:
-        """A text as the model was trained to read it from its beginning."""
-        is_bare = self.adds_space and text and not text.startswith(self._has_space)
-        return " " + text if is_bare else text
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text from its beginning, without special tokens whatever it spells."""
-        return self.encode_inside(self._begin(text))
+        return self._encoder.encode(text).ids
 
     def encode_inside(self, text: str) -> list[int]:
         """Ids of a text that goes on with another: no space is put before it."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        return self._inside.encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """encode() of many texts, in parallel."""
-        texts = list(map(self._begin, texts))
-        batch = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in batch]
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts)]
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for an id that pads the model's vocabulary."""
@@ -182,7 +160,7 @@ class Tokenizer:
 
     def ids_of_token(self, content: bytes) -> list[int]:
         """The ids whose bytes are exactly these: none, one, or a few."""
-        return self._ids_of.get(content, [])
+        return [id for id, token in enumerate(self._bytes) if token == content]
 
     def bytes_of(self, ids: Sequence[int]) -> bytes:
         """The bytes of a run of tokens."""
@@ -207,12 +185,12 @@ class Tokenizer:
             if piece in self.special:
                 ids.append(self.special[piece])
                 continue
-            before, found, after = piece.replace("\0", prompt), "", ""
-            if context is not None:
-                before, found, after = before.partition("{context}")
-            ids += self.encode_inside(before if ids and self._first_only else self._begin(before))
-            if found:
-                ids += [*context, *self.encode_inside(after)]
+            text = piece.replace("\0", prompt)
+            before, *behind = [text] if context is None else text.split("{context}", 1)
+            goes_on = ids and self._first_only
+            ids += self.encode_inside(before) if goes_on else self.encode(before)
+            for text in behind:
+                ids += [*context, *self.encode_inside(text)]
         return ids
 
     def response_ids(self, text: str) -> list[int]:
@@ -224,45 +202,44 @@ class Tokenizer:
         return ids
 
 
-def _object(files: dict[str, bytes], name: str, where: str) -> dict:
+def _json_object(file: Path) -> dict:
+    """What a JSON file holds; nothing if there is none."""
     try:
-        return {} | json.loads(files.get(name, b"{}"))
+        return {} | json.loads(file.read_bytes()) if file.exists() else {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}/{name}: not a JSON object ({error})") from None
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
 
 
-def chat_format(template: str, thinking: bool, names: dict[str, str],
-                where: str) -> tuple[str, bool, str]:
+def chat_format(template: str, thinking: bool, names: dict[str, str]) -> tuple[str, bool, str]:
     r"""The chat template to use, whether it trims the prompt, and what it renders around "\0".
 
     thinking: the template's enable_thinking; where it does not know that, a `<think>` behind the
     assistant's turn. The returned template does so by default. names: bos_token and the like.
-    ValueError if the template cannot be rendered, or opens thinking that is not wanted.
+    ValueError if the template does not show the prompt once, or opens thinking that is not wanted.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def render(prompt: str = "\0", **switch: bool) -> str:
-        environment = ImmutableSandboxedEnvironment(  # as transformers has it
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(template).render(
             names | switch, messages=[{"role": "user", "content": prompt}], tools=None,
             documents=None, add_generation_prompt=True)
 
-    try:
-        is_open = "<think>" in render().rpartition("\0")[2]
-        if thinking and not is_open and "enable_thinking" not in template:
-            template = template.removesuffix("\n") + THINK  # a last newline is not rendered
-        text = render(enable_thinking=thinking)
-        if render() != text:
-            template = SWITCH.format(str(thinking).lower()) + template
-        before, behind = text.split("\0")  # the prompt, once
-        if not thinking and behind.rfind("<think>") > behind.rfind("</think>"):
-            raise ValueError("it opens <think> whatever enable_thinking says")
-        return template, render(" \0 ") == text, text
-    except Exception as error:  # templates are programs
-        raise ValueError(f"{where}: a chat template that cannot be used, thinking={thinking} "
-                         f"({type(error).__name__}: {error})") from None
+    environment = ImmutableSandboxedEnvironment(  # as transformers has it
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["strftime_now"] = time.strftime
+    text = render(enable_thinking=thinking)
+    if text.count("\0") != 1:
+        raise ValueError("the template does not show the prompt once")
+    behind = text.partition("\0")[2]
+    is_open = behind.rfind("<think>") > behind.rfind("</think>")
+    if is_open and not thinking:
+        raise ValueError("the template opens <think> whatever enable_thinking says")
+    if thinking and not is_open and "enable_thinking" not in template:
+        template = template.removesuffix("\n") + THINK  # a last newline is not rendered
+        text = render()
+    elif render() != text:
+        template = SWITCH.format(str(thinking).lower()) + template
+    return template, render(" \0 ") == text, text
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int, where: object) -> None:
@@ -285,7 +262,7 @@ def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, where: object) -> 
 
 MAX_LINE = 16 * 2**20  # bytes of one corpus line or document; a longer one should be split
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
-FIELDS = ("text", "problem", "question", "solution", "answer", "prompt", "response")
+END = b"<|endoftext|>"
 CONVERT = ("python -c \"from datasets import load_dataset; "
            "load_dataset('{}', split='train').to_json('corpus.jsonl')\"")
 
@@ -293,48 +270,48 @@ CONVERT = ("python -c \"from datasets import load_dataset; "
 @dataclass(frozen=True)
 class Document:
     """A text. `problem` is its beginning if it is a problem and its solution, `answer` the
-    verifiable result. Of a prompt and response row both halves, in the chat format once encoded."""
+    verifiable result. With a `response` the text is a prompt; in the chat format once encoded."""
 
     text: str
-    id: int
+    where: str  # file and line
     problem: str | None = None
     answer: str | None = None
-    prompt: str | None = None
     response: str | None = None
 
 
-def _document(row: object, id: int, where: str) -> Document:
-    """A JSON row: `text`, or problem (question) and solution, joined by an empty line, or prompt
-    and response; `answer` where there is one."""
+def _document(row: object, where: str) -> Document:
+    """A JSON row: `text`, or prompt and response, or problem (question) and solution, joined by an
+    empty line; `answer` where there is one."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object")
-    get = {key: unicodedata.normalize("NFC", str(row[key])) for key in FIELDS
-           if isinstance(row.get(key), (str, int, float))}
-    text, prompt, response, answer = map(get.get, ("text", "prompt", "response", "answer"))
-    problem = get.get("problem") or get.get("question")
-    solution = get.get("solution") or (answer if "question" in get else None)
-    if text or not (prompt and response):
-        prompt = response = None
-    if not text:
-        halves = (prompt, response) if prompt else (problem, solution)
-        text = "\n\n".join(halves) if all(halves) else problem
+    get = {key: unicodedata.normalize("NFC", str(value)) for key, value in row.items()
+           if isinstance(value, (str, int, float))}.get
+    text, prompt, response, answer = map(get, ("text", "prompt", "response", "answer"))
+    problem = get("problem") or get("question")
+    solution = get("solution") or (answer if get("question") else None)
+    if not text and prompt and response:
+        text = prompt
+    else:
+        response = None
+        text = text or (f"{problem}\n\n{solution}" if problem and solution else problem)
     if not text or not text.strip():
         raise ValueError(f"{where}: empty document, or no field `text`, or `problem` and "
                          "`solution`, or `prompt` and `response`")
-    if re.search("[\ud800-\udfff]", text):
+    if re.search("[\ud800-\udfff]", text + (response or "")):
         raise ValueError(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character; "
                          "mend the text")
     begins = problem and text.startswith(problem)
-    return Document(text, id, problem if begins else None, answer, prompt, response)
+    return Document(text, where, problem if begins else None, answer, response)
 
 
-def _text_documents(content: BinaryIO) -> Iterator[bytes]:
-    """The documents of a .txt: `<|endoftext|>` at the end of a line ends one."""
+def _pieces(content: BinaryIO, is_text: bool) -> Iterator[bytes]:
+    """The lines of a file, or of a .txt what ends where END ends a line; cut beyond MAX_LINE."""
     piece = bytearray()
     while line := content.readline(MAX_LINE + 1):
-        end = re.search(rb"<\|endoftext\|>\s*\Z", line)
-        piece += line[: end.start()] if end else line
-        if end or len(piece) > MAX_LINE:
+        piece += line
+        if is_end := line.rstrip().endswith(END):
+            piece = piece.rstrip().removesuffix(END)
+        if is_end or not is_text or len(piece) > MAX_LINE:
             yield bytes(piece)
             piece.clear()
     if piece.strip():
@@ -342,24 +319,22 @@ def _text_documents(content: BinaryIO) -> Iterator[bytes]:
 
 
 def file_rows(file: Path) -> Iterator[tuple[object, str]]:
-    """The documents of one file as (row, place); none is ever read beyond its limit."""
-    is_text = file.suffix == ".txt"
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as content:
-        lines = iter(lambda: content.readline(MAX_LINE + 1), b"")
-        for number, piece in enumerate(_text_documents(content) if is_text else lines, 1):
-            where = f"{file} {'document' if is_text else 'line'} {number}"
-            if len(piece) > MAX_LINE:
-                raise ValueError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a "
-                                 "line, split this one")
-            try:
-                text = piece.decode()
-                if is_text or text.strip():
-                    yield {"text": text} if is_text else json.loads(text), where
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: byte {error.start} is not UTF-8; convert the file to "
-                                 "UTF-8") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
+    """The documents of one file as (row, place); none is ever read beyond its limit. ValueErrors
+    name file and line."""
+    kind, unit = ("UTF-8", "document") if file.suffix == ".txt" else ("JSON", "line")
+    where = file
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as content:
+            for number, piece in enumerate(_pieces(content, kind == "UTF-8"), 1):
+                where = f"{file} {unit} {number}"
+                if len(piece) > MAX_LINE:
+                    raise ValueError(f"longer than {MAX_LINE // 2**20} MiB; split it")
+                if kind == "UTF-8":
+                    yield {"text": piece.decode()}, where
+                elif piece.strip():
+                    yield json.loads(piece), where
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not {kind} that can be read ({error})") from None
 
 
 def corpus_files(source: str | Path) -> list[Path]:
@@ -368,40 +343,35 @@ def corpus_files(source: str | Path) -> list[Path]:
     huggingface_hub does the fetching, so HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they
     mean elsewhere.
     """
-    path, name = Path(source), str(source)
+    path = Path(source)
     if not path.exists():
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(SUFFIXES):
-            raise FileNotFoundError(f"{name}: no such corpus")
         try:
             from huggingface_hub import snapshot_download
-            path = Path(snapshot_download(name, repo_type="dataset",
+            path = Path(snapshot_download(str(source), repo_type="dataset",
                                           allow_patterns=["*" + suffix for suffix in SUFFIXES]))
         except Exception as error:  # the hub's client has many; the user can do the same about each
-            raise FileNotFoundError(f"{name}: no such corpus, and not available from the hub "
+            raise FileNotFoundError(f"{source}: no such corpus, and not available from the hub "
                                     f"({' '.join(str(error).split())})") from None
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(SUFFIXES)]
     if not files:
-        raise ValueError(f"{name}: a corpus is a .jsonl, .jsonl.gz or .txt file, or a folder of "
-                         f"them; a dataset of the hub is made one by: {CONVERT.format(name)}")
+        raise ValueError(f"{source}: a corpus is a .jsonl, .jsonl.gz or .txt file, or a folder of "
+                         f"them; a dataset of the hub is made one by: {CONVERT.format(source)}")
     return files
 
 
 def documents(source: str | Path) -> Iterator[Document]:
-    """The documents of a corpus one by one, normalised to NFC, ids counting from 0.
+    """The documents of a corpus one by one, normalised to NFC.
 
     source: a .jsonl, .jsonl.gz or .txt file, a folder of them, or the id of a dataset of the hub
     that has some. In a .txt, `<|endoftext|>` at the end of a line ends a document. ValueErrors name
     file and line.
     """
-    id = -1
+    where = None
     for file in corpus_files(source):
-        try:
-            for id, (row, where) in enumerate(file_rows(file), id + 1):
-                yield _document(row, id, where)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from None
-    if id < 0:
+        for row, where in file_rows(file):
+            yield _document(row, where)
+    if where is None:
         raise ValueError(f"{source}: no documents")
 
 
@@ -471,7 +441,7 @@ def fingerprint(*parts: object) -> str:
 
 # ------------------------------------------------------------------------------- tokenised corpora
 
-BATCH = 2**20  # characters tokenised at a time
+BATCH = 256  # documents tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -497,84 +467,74 @@ class Corpus:
         return tuple(map(self.tokenizer.token_bytes, ids))
 
 
-def _batches(source: str | Path) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in tqdm(documents(source), "tokenize", unit=" documents", disable=None):
-        batch.append(document)
-        size += len(document.text)
-        if size > BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
+def _ids_and_region(document: Document, ids: list[int],
+                    tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """A document's tokens, and the place of the first one behind its prompt or problem.
 
-
-def _region(document: Document, sizes: np.ndarray, adds_space: bool) -> int:
-    """The place of a plain document's first token behind its problem. sizes: bytes of its tokens.
-    ValueError if they do not spell it."""
-    ends, text = sizes.cumsum(), document.text
-    if ends[-1] - len(text.encode()) not in (0, adds_space):
-        raise ValueError(f"document {document.id + 1} of the corpus: its tokens do not spell it "
-                         "(SentencePiece reads the character ▁ as a space); mend the text: "
-                         f"{text[:60]!r}")
-    if document.problem is None:
-        return 0
+    ids: of its text. ValueError if they do not spell it.
+    """
+    text = document.text
+    if document.response:
+        prompt = tokenizer.chat(text)
+        return prompt + tokenizer.response_ids(document.response), len(prompt)
+    spelled = tokenizer.bytes_of(ids)
+    if not spelled.endswith(text.encode()):
+        raise ValueError(f"{document.where}: its tokens do not spell it (SentencePiece reads the "
+                         f"character ▁ as a space); mend the text: {text[:60]!r}")
+    if not document.problem:
+        return ids, 0
     solution = text[len(document.problem):].lstrip().encode()
-    return int(np.searchsorted(ends, ends[-1] - len(solution))) + 1
+    ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in ids])
+    return ids, int(np.searchsorted(ends, len(spelled) - len(solution))) + 1
 
 
-def _tokenize(source: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokens.u32 and documents.npz into a folder."""
-    sizes = np.array([len(tokenizer.token_bytes(id)) for id in range(len(tokenizer))])
+def _tokenize(source: str | Path, tokenizer: Tokenizer, file: Path) -> dict[str, object]:
+    """Writes the tokens of a corpus; what else a Corpus has, but for the split."""
     starts, rows = [0], []  # rows: region, is_chat
-    with open(folder / "tokens.u32", "wb") as out:
-        for batch in _batches(source):
+    left = iter(tqdm(documents(source), "tokenize", unit=" documents", disable=None))
+    with open(file, "wb") as out:
+        while batch := list(islice(left, BATCH)):
             for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
-                if document.prompt:
-                    prompt = tokenizer.chat(document.prompt)
-                    ids, region = prompt + tokenizer.response_ids(document.response), len(prompt)
-                else:
-                    region = _region(document, sizes[ids], tokenizer.adds_space)
+                ids, region = _ids_and_region(document, ids, tokenizer)
                 np.array(ids, np.uint32).tofile(out)
-                rows.append((starts[-1] + region, bool(document.prompt)))
+                rows.append((starts[-1] + region, bool(document.response)))
                 starts.append(starts[-1] + len(ids))
-    regions, is_chat = map(np.array, zip(*rows))
-    name = fingerprint(tokenizer.files["tokenizer.json"], folder / "tokens.u32", starts, rows)
-    np.savez(folder / "documents.npz", starts=np.array(starts), regions=regions, is_chat=is_chat,
-             fingerprint=name)
+    regions, is_chat = zip(*rows)
+    name = fingerprint(tokenizer.files["tokenizer.json"], file, starts, rows)
+    return dict(starts=starts, regions=regions, is_chat=is_chat, fingerprint=name)
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
                 seed: int) -> Corpus:
-    """A corpus as flat files in a folder of `cache`, and its split; made once for the same content.
+    """A corpus as flat files in a folder of `cache`, made once for the same content and split.
 
-    source: see documents(). Files are written aside and renamed, under a lock that is taken before
-    anything is looked at, so several processes may begin together and any may be killed.
+    source: see documents(). The folder is written aside and renamed, under a lock that is taken
+    before anything is looked at, so several processes may begin together and any may be killed.
     """
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), *corpus_files(source))
+    name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), holdout, seed,
+                       *corpus_files(source))
     folder = Path(cache) / f"corpus-{name}"
-    aside, split = folder.with_suffix(".aside"), folder / f"split-{holdout}-{seed}"
+    aside = folder.with_suffix(".aside")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
             aside.mkdir()
-            _tokenize(source, tokenizer, aside)
+            arrays = _tokenize(source, tokenizer, aside / "tokens.u32")
+            texts = (lambda: (document.text for document in documents(source)))
+            np.savez(aside / "documents.npz", split=split_documents(texts, holdout, seed), **arrays)
             aside.rename(folder)
-        if not split.exists():
-            asked = (lambda: (each.prompt or each.text for each in documents(source)))
-            split_documents(asked, holdout, seed).tofile(split.with_suffix(".aside"))
-            split.with_suffix(".aside").rename(split)
     arrays = dict(np.load(folder / "documents.npz"))
     tokens = np.asarray(np.memmap(folder / "tokens.u32", np.uint32, "r"))
     if len(tokens) != arrays["starts"][-1]:
         raise ValueError(f"{folder}: {len(tokens)} tokens, not {arrays['starts'][-1]}; remove it")
-    return Corpus(tokenizer, tokens, split=np.fromfile(split, np.int8),
-                  **arrays | {"fingerprint": str(arrays["fingerprint"])})
+    return Corpus(tokenizer, tokens, **arrays | {"fingerprint": str(arrays["fingerprint"])})
 
 
 # --------------------------------------------------------------------------------------- questions
 
+BLOCK = 2**18  # tokens looked at together
 TRUTH_TOKENS = 32  # how much of the continuation a prediction may span; the paper does not say
 
 
@@ -613,9 +573,9 @@ class QuestionSet:
 class PositionFilter:
     """The positions to ask about, after the paper's token-level filter (section 3.2).
 
-    kind "threshold": entropy above `value` nats; "top": the `value` share of highest entropy, the
-    earlier of equals; "random": a random `value` share. Contexts of min_context to max_context
-    tokens (0: no bound). region "solution": only what follows a problem or prompt.
+    kind "threshold": entropy above `value` nats; "top": the `value` share of highest entropy, and
+    what equals the last of it; "random": a random `value` share. Contexts of min_context to
+    max_context tokens (0: no bound). region "solution": only what follows a problem or prompt.
     """
 
     kind: str = "threshold"
@@ -628,17 +588,19 @@ class PositionFilter:
 
 def _candidates(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
                 split: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each document the positions that a filter may keep, and their entropies."""
-    for document in np.flatnonzero(corpus.split == split):
-        start, end = corpus.starts[document: document + 2]
-        first = start + max(chosen.min_context, 1)
-        if chosen.region == "solution":
-            first = max(first, corpus.regions[document])
+    """The places that a filter of any kind may keep, and their entropies, some at a time."""
+    for begin in range(0, len(entropy), BLOCK):
+        values = entropy[begin: begin + BLOCK]
+        places = np.arange(begin, begin + len(values))
+        document = np.searchsorted(corpus.starts, places, "right") - 1
+        context = places - corpus.starts[document]
+        keep = np.isfinite(values) & (corpus.split[document] == split)
+        keep &= context >= max(chosen.min_context, 1)
         if chosen.max_context:
-            end = min(end, start + chosen.max_context + 1)
-        values = entropy[first:end]
-        there = np.flatnonzero(np.isfinite(values))
-        yield first + there, values[there]
+            keep &= context <= chosen.max_context
+        if chosen.region == "solution":
+            keep &= places >= corpus.regions[document]
+        yield places[keep], values[keep]
 
 
 def _on_disk(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
@@ -649,21 +611,6 @@ def _on_disk(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
         return np.memmap(file, dtype, "r+") if file.tell() else np.zeros(0, dtype)
 
 
-def _top(chunks: Callable[[], Iterator], share: float) -> Iterator[np.ndarray]:
-    """The positions of the `share` highest entropies, the earlier of equals."""
-    ranked = _on_disk((values for _, values in chunks()), np.float32)
-    count = int(np.ceil(share * len(ranked)))
-    if not count:
-        return
-    ranked.partition(len(ranked) - count)
-    edge = ranked[-count]
-    left = count - int((ranked[-count:] > edge).sum())  # of those with the last entropy kept
-    for places, values in chunks():
-        equal = values == edge
-        yield places[(values > edge) | equal & (equal.cumsum() <= left)]
-        left -= min(left, int(equal.sum()))
-
-
 def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
                      split: int = TRAIN) -> QuestionSet:
     """The positions of a part of a corpus that a filter keeps.
@@ -672,26 +619,27 @@ def select_positions(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter
     and truths that no \\boxed{} can hold (see reward.reachable). What is kept takes 8 bytes a
     position, in a temporary file.
     """
-    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return _candidates(corpus, np.asarray(entropy), chosen, split)
-
     def reached(places: np.ndarray) -> np.ndarray:
         keep = alone[corpus.tokens[places]]
-        for n in np.flatnonzero(is_open[corpus.tokens[places]]):
+        for n in np.flatnonzero(~keep):
             keep[n] = reachable(corpus.truth(places[n]))
         return places[keep]
 
-    # Mostly the first token of a truth decides whether it is reachable.
-    vocabulary = [corpus.tokenizer.token_bytes(id) for id in range(len(corpus.tokenizer))]
-    alone = np.array([reachable([token]) for token in vocabulary])
-    is_open = np.array([not t or t.count(b"{") > t.count(b"}") for t in vocabulary])
-    if chosen.kind == "top":
-        kept = _top(chunks, chosen.value)
+    # Mostly the first token of a truth shows that it is reachable.
+    vocabulary = range(len(corpus.tokenizer))
+    alone = np.array([reachable([corpus.tokenizer.token_bytes(id)]) for id in vocabulary])
+    among = corpus, np.asarray(entropy), chosen, split
+    if chosen.kind == "threshold":
+        kept = (places[values > chosen.value] for places, values in _candidates(*among))
     elif chosen.kind == "random":
         random = np.random.default_rng([chosen.seed, 5])
-        kept = (places[random.random(len(places)) < chosen.value] for places, _ in chunks())
-    elif chosen.kind == "threshold":
-        kept = (places[values > chosen.value] for places, values in chunks())
+        kept = (places[random.random(len(places)) < chosen.value]
+                for places, _ in _candidates(*among))
+    elif chosen.kind == "top":
+        ranked = _on_disk((values for _, values in _candidates(*among)), np.float32)
+        ranked.sort()
+        least = ranked[-int(np.ceil(chosen.value * len(ranked)))] if len(ranked) else np.inf
+        kept = (places[values >= least] for places, values in _candidates(*among))
     else:
         raise ValueError(f"filter {chosen.kind!r}: it is threshold, top or random")
     return QuestionSet(corpus, entropy, _on_disk(map(reached, kept), np.int64))
@@ -705,14 +653,12 @@ def answer_sets(source: str | Path, tokenizer: Tokenizer, holdout: int,
     """
     rows = read_corpus(source)
     problems = [row.problem or row.text for row in rows]
+    train, held, dropped = sets = [], [], []
     split = split_documents(lambda: problems, holdout, seed)
-    sets = {part: [] for part in (TRAIN, HELD_OUT, DROPPED)}
-    for row, ids, part in zip(rows, tokenizer.encode_batch(problems), split.tolist()):
+    for n, (row, ids) in enumerate(zip(rows, tokenizer.encode_batch(problems))):
         if row.answer is None:
-            raise ValueError(f"document {row.id + 1} of the corpus has no `answer`; "
-                             "stage rlvr needs one for every problem")
-        sets[part].append(Question(tuple(ids), (), row.id, 0, answer=row.answer))
-    train, held, dropped = sets.values()
+            raise ValueError(f"{row.where}: it has no `answer`, and every problem needs one")
+        sets[split[n]].append(Question(tuple(ids), (), n, 0, answer=row.answer))
     return train, held, (f"questions with answers: {len(train):,}, held out {len(held):,}, "
                          f"{len(dropped):,} near-duplicates dropped")
 
@@ -731,14 +677,13 @@ class SequenceSet:
 
     def __getitem__(self, n: int) -> tuple[list[int], int]:
         document, begin = self.places[n]
-        corpus, ids = self.corpus, self.corpus.ids(document)
-        end = corpus.tokenizer.eos_ids[:1]
+        corpus = self.corpus
+        ids = np.append(corpus.ids(document), corpus.tokenizer.eos_ids[0])
         if corpus.is_chat[document]:
-            return ids.tolist() + end, int(corpus.regions[document] - corpus.starts[document])
+            return ids.tolist(), int(corpus.regions[document] - corpus.starts[document])
         # A window opens with the last token of the one before: every token is predicted once.
-        lead = ids[begin - 1: begin].tolist() if begin else corpus.tokenizer.bos
-        size = self.max_tokens - 1
-        return lead + (ids[begin: begin + size].tolist() + end)[:size], 1
+        before = ids[begin - 1: begin].tolist() if begin else corpus.tokenizer.bos
+        return before + ids[begin: begin + self.max_tokens - 1].tolist(), 1
 
 
 def sequences(corpus: Corpus, max_tokens: int) -> SequenceSet:
@@ -804,13 +749,14 @@ def prompt_ids(tokenizer: Tokenizer, question: Question, template: str,
     A problem with an answer is a whole text and encoded with what stands around it, as the model's
     users will; the tokens of an unfinished text stay as the document has them.
     """
+    form = TEMPLATES[template]
     if question.answer is not None:
         text = tokenizer.bytes_of(question.context).decode()
         text = text.removeprefix(" ") if tokenizer.adds_space else text
-        ids = tokenizer.chat(TEMPLATES[template].replace("{context}", text))
+        ids = tokenizer.chat(form.replace("{context}", text))
         if len(ids) <= max_prompt:
             return ids
-    frame = len(tokenizer.chat(TEMPLATES[template], []))
+    frame = len(tokenizer.chat(form, []))
     if frame >= max_prompt:
         raise ValueError(f"--max-prompt {max_prompt}: template {template} takes {frame} tokens")
-    return tokenizer.chat(TEMPLATES[template], question.context[-(max_prompt - frame):])
+    return tokenizer.chat(form, question.context[-(max_prompt - frame):])

@@ -328,11 +328,7 @@ def score(prediction: bytes | None, question: Question) -> float:
 def answer_questions(file: str, tokenizer: Tokenizer) -> list[Question]:
     """Problem and answer rows, such as GSM8K's, as questions, none without a file; a ValueError for
     a row without answer."""
-    documents = read_corpus(file) if file else []
-    if missing := [d.id + 1 for d in documents if d.answer is None]:
-        raise ValueError(f"{file}: row {missing[0]} has no `answer`")
-    return [Question(tuple(tokenizer.encode(d.problem or d.text)), (), d.id, 0, answer=d.answer)
-            for d in documents]
+    return answer_sets(file, tokenizer, holdout=0, seed=0)[0] if file else []
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -513,9 +514,11 @@ def corpus_work(megabytes: int) -> dict[str, float]:
             texts = [json.loads(line)["solution"] for line in source.read_text().splitlines()]
             file.write_text(json.dumps({"text": "\n".join(texts)[:2_800_000]}) + "\n")
         with Watch() as tokenise:
-            data.load_corpus(file, tokenizer, folder, 0, 0)
-        with Watch() as split:  # what was tokenised is read again
-            corpus = data.load_corpus(file, tokenizer, folder, 200 if megabytes else 0, 0)
+            corpus = data.load_corpus(file, tokenizer, folder, 0, 0)
+        with Watch() as split:
+            texts = (lambda: (document.text for document in data.documents(file)))
+            parts = data.split_documents(texts, 200 if megabytes else 0, 0)
+        corpus = replace(corpus, split=parts)
         values = np.memmap(Path(folder) / "entropy", np.float32, "w+", shape=len(corpus.tokens))
         values[:] = np.random.default_rng(0).exponential(0.7, len(values))
         with Watch() as select:

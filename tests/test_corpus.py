@@ -40,31 +40,29 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_rows_become_documents(tmp_path):
     rows = [
-        ({"text": "plain e\u0301"}, Document("plain é", 0)),
+        ({"text": "plain e\u0301"}, "plain é", {}),
         ({"problem": "P\u0041\u030a?", "solution": "S e\u0301.", "answer": 3, "difficulty": 5.5},
-         Document("PÅ?\n\nS é.", 1, "PÅ?", "3")),
-        ({"question": "Q?", "answer": "So 1+1=2.\n#### 2"},
-         Document("Q?\n\nSo 1+1=2.\n#### 2", 2, "Q?", "So 1+1=2.\n#### 2")),
-        ({"text": "P! and more", "problem": "P!", "answer": "x"},
-         Document("P! and more", 3, "P!", "x")),
-        ({"text": "no beginning", "problem": "P!"}, Document("no beginning", 4)),
-        ({"problem": "only a problem", "answer": "7"},
-         Document("only a problem", 5, "only a problem", "7")),
-        ({"prompt": "A\u030a?", "response": "b</think>"},
-         Document("Å?\n\nb</think>", 6, prompt="Å?", response="b</think>")),
-        ({"text": "t", "prompt": "p", "response": "r"}, Document("t", 7)),
+         "PÅ?\n\nS é.", {"problem": "PÅ?", "answer": "3"}),
+        ({"question": "Q?", "answer": "So 1+1=2.\n#### 2"}, "Q?\n\nSo 1+1=2.\n#### 2",
+         {"problem": "Q?", "answer": "So 1+1=2.\n#### 2"}),
+        ({"text": "P! and more", "problem": "P!", "answer": "x"}, "P! and more",
+         {"problem": "P!", "answer": "x"}),
+        ({"text": "no beginning", "problem": "P!"}, "no beginning", {}),
+        ({"problem": "only a problem", "answer": "7"}, "only a problem",
+         {"problem": "only a problem", "answer": "7"}),
+        ({"prompt": "A\u030a?", "response": "b</think>"}, "Å?", {"response": "b</think>"}),
+        ({"text": "t", "prompt": "p", "response": "r"}, "t", {}),
     ]
-    file = write(tmp_path / "a.jsonl", *(row for row, _ in rows))
-    assert read_corpus(file) == [document for _, document in rows]
+    file = write(tmp_path / "a.jsonl", *(row for row, _, _ in rows))
+    assert read_corpus(file) == [Document(text, f"{file} line {n}", **more)
+                                 for n, (_, text, more) in enumerate(rows, 1)]
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as out:
         out.write(file.read_bytes())
-    assert read_corpus(tmp_path / "b.jsonl.gz") == read_corpus(file)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/c.txt").write_text("c1\n<|endoftext|>\nc2")
     (tmp_path / "README.md").write_text("not a corpus")
-    texts = [document.text for document in read_corpus(file)]
-    assert [(d.id, d.text) for d in read_corpus(tmp_path)] == list(enumerate(
-        [*texts, *texts, "c1\n", "c2"]))
+    texts = [text for _, text, _ in rows]
+    assert [document.text for document in read_corpus(tmp_path)] == [*texts, *texts, "c1\n", "c2"]
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -82,22 +80,19 @@ def test_a_text_file_is_parted_where_endoftext_ends_a_line(text, wanted, tmp_pat
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl line 3: not JSON that can be read"),
     ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl line 2: expected a JSON object"),
     ("a.jsonl", b'{"text": "x"}\n{"text": " \\n"}\n', "a.jsonl line 2: empty document"),
-    ("a.jsonl", b'{"body": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"solution": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
     ("a.jsonl", b'{"prompt": "x"}\n', "a.jsonl line 1: empty document, or no field `text`"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: byte 10 is not UTF-8"),
-    ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate pair"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl line 2: not JSON that can be read"),
     ("a.jsonl", b'{"prompt": "x", "response": "\\ud83d"}\n', "a.jsonl line 1: half a surrogate"),
-    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: not JSON"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl line 1: not JSON that can be read"),
     ("a.jsonl", b"\n \n", "a.jsonl: no documents"),
-    ("a.txt", b"", "a.txt: no documents"),
     ("a.txt", b"x\n<|endoftext|>\n\n<|endoftext|>\ny", "a.txt document 2: empty document"),
-    ("a.txt", b"x\xff", "a.txt document 1: byte 1 is not UTF-8"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read (Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: cannot be read"),
+    ("a.txt", b"x\xff", "a.txt document 1: not UTF-8 that can be read"),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not JSON that can be read (Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "a.jsonl.gz: not JSON that can be read"),
     ("a.csv", b"x", "a.csv: a corpus is a .jsonl, .jsonl.gz or .txt file"),
 ])
 def test_what_is_wrong_with_a_corpus_is_one_sentence_with_file_and_line(
@@ -116,7 +111,7 @@ def test_a_document_of_100_megabytes_is_refused_before_it_is_read(name, begin, w
         file.write(begin)
         file.truncate(100 * 10**6)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=f"{name} {where} 2: longer than 16 MiB"):
+    with pytest.raises(ValueError, match=f"{name} {where} 2: .*longer than 16 MiB"):
         read_corpus(tmp_path / name)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -125,10 +120,10 @@ def test_a_document_of_100_megabytes_is_refused_before_it_is_read(name, begin, w
 
 def test_a_dataset_of_the_hub_is_its_text_files(tmp_path, monkeypatch):
     import huggingface_hub
-    asked = []
 
     def snapshot(name: str, **options) -> str:
-        asked.append((name, options))
+        assert options == {"repo_type": "dataset",
+                           "allow_patterns": ["*.jsonl", "*.jsonl.gz", "*.txt"]}
         if name == "them/Offline":
             raise OSError("cannot\nreach it")
         return str(tmp_path / name)
@@ -136,19 +131,12 @@ def test_a_dataset_of_the_hub_is_its_text_files(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     (tmp_path / "us/Math").mkdir(parents=True)
     write(tmp_path / "us/Math/test.jsonl", {"text": "a"})
-    assert read_corpus("us/Math") == [Document("a", 0)]
-    assert asked == [("us/Math", {"repo_type": "dataset",
-                                  "allow_patterns": ["*.jsonl", "*.jsonl.gz", "*.txt"]})]
+    assert [document.text for document in read_corpus("us/Math")] == ["a"]
     convert = r"us/Parquet: .*load_dataset\('us/Parquet', split='train'\).to_json\('corpus.jsonl'\)"
     with pytest.raises(ValueError, match=convert):
         read_corpus("us/Parquet")
-    with pytest.raises(FileNotFoundError, match=r"not available from the hub \(cannot reach it\)"):
+    with pytest.raises(FileNotFoundError, match="them/Offline: no such corpus.*cannot reach"):
         read_corpus("them/Offline")
-    asked.clear()
-    for name in (tmp_path / "none.jsonl", "data/none.jsonl", "none", "../us/Math"):
-        with pytest.raises(FileNotFoundError, match="no such corpus$"):
-            read_corpus(name)
-    assert not asked
 
 
 # Held-out documents
@@ -180,28 +168,17 @@ def test_near_duplicates_of_held_out_documents_leave_training_and_no_others_do()
             texts.append(rng.choice((", ", " ", "! ")).join(word.upper() for word in other) + ".")
     rng.shuffle(texts)
     sets = list(map(runs, texts))
-    for seed in range(3):
-        parts = split(texts, 60, seed)
-        assert parts.count(HELD_OUT) == 60
-        held = [sets[n] for n, part in enumerate(parts) if part == HELD_OUT]
-        for own, part in zip(sets, parts):
-            if part != HELD_OUT:
-                overlap = max(Fraction(len(own & o), min(len(own), len(o))) for o in held)
-                jaccard = max(Fraction(len(own & o), len(own | o)) for o in held)
-                assert (part == TRAIN) == (overlap < Fraction(1, 2))
-                seen[overlap > 0, part, jaccard >= Fraction(1, 2)] += 1
-    assert all(seen[case] > 20 for case in (
+    parts = split(texts, 60, 1)
+    held = [own for own, part in zip(sets, parts) if part == HELD_OUT]
+    assert len(held) == 60
+    for own, part in zip(sets, parts):
+        if part != HELD_OUT:
+            overlap = max(Fraction(len(own & other), min(len(own), len(other))) for other in held)
+            alike = max(Fraction(len(own & other), len(own | other)) for other in held)
+            assert (part == TRAIN) == (overlap < Fraction(1, 2))
+            seen[overlap > 0, part, alike >= Fraction(1, 2)] += 1
+    assert all(seen[case] > 5 for case in (
         (True, TRAIN, False), (True, DROPPED, True), (True, DROPPED, False), (False, TRAIN, False)))
-
-
-def test_a_held_out_text_within_a_longer_one_is_not_trained_on():
-    rng, texts = random.Random(2), []
-    for _ in range(40):
-        words = sentence(rng, 60)
-        texts += [" ".join(words), " ".join(sentence(rng, 200) + words + sentence(rng, 200))]
-    parts = split(texts, 40, 0)
-    twins = [parts[n ^ 1] for n, part in enumerate(parts) if part == HELD_OUT]
-    assert TRAIN not in twins and twins.count(DROPPED) > 10
 
 
 @pytest.mark.parametrize("letters, stop", [("的一是不了人我在有他这中大来上国", "。"), ("กขคงจฉชซฌญฎฏ", " ")])
@@ -220,18 +197,18 @@ def test_near_twins_in_a_script_without_spaces_are_dropped(letters, stop):
 def test_one_document_more_changes_at_most_one_that_is_held_out():
     rng = random.Random(4)
     texts = [" ".join(sentence(rng, 20)) for _ in range(400)]
-    before, changes = set(np.flatnonzero(np.array(split(texts, 100, 7)) == HELD_OUT)), []
-    for more in range(20):
+
+    def held(texts: list[str], seed: int = 7) -> set[str]:
+        return {text for text, part in zip(texts, split(texts, 100, seed)) if part == HELD_OUT}
+
+    before, changes = held(texts), []
+    for _ in range(20):
         new = " ".join(sentence(rng, 20))
-        parts = split([new, *texts], 100, 7)
-        after = {n - 1 for n, part in enumerate(parts) if part == HELD_OUT}
+        after = held([new, *texts])
         changes.append(len(before - after))
-        assert len(before - after) == ((-1) in after) and len(after) == 100
+        assert changes[-1] == (new in after) and len(after) == 100
     assert max(changes) == 1
-    assert split(texts, 100, 7) == split(texts, 100, 7) != split(texts, 100, 8)
-    order = rng.sample(range(400), 400)  # by content, not by place
-    parts = split([texts[n] for n in order], 100, 7)
-    assert {order[n] for n, part in enumerate(parts) if part == HELD_OUT} == before
+    assert held(rng.sample(texts, 400)) == before != held(texts, 8)  # by content, not by place
     assert split(texts, 0, 7) == [TRAIN] * 400 and split(texts, 999, 7) == [HELD_OUT] * 400
 
 
@@ -248,7 +225,7 @@ def test_an_answer_set_is_held_out_by_its_problem_alone(tmp_path):
         assert question.context == tuple(tokenizer.encode(row["problem"]))
         assert question.answer == str(row["answer"]) and question.truth == ()
     del rows[2]["answer"]
-    with pytest.raises(ValueError, match="document 3 of the corpus has no `answer`"):
+    with pytest.raises(ValueError, match="a.jsonl line 3: it has no `answer`"):
         answer_sets(write(file, *rows), tokenizer, 1, 0)
 
 
@@ -267,12 +244,12 @@ def some_rows(rng: random.Random, count: int = 40) -> list[dict]:
     return rows
 
 
-def chat_tokenizer(kind: str) -> Tokenizer:
+def chat_tokenizer(kind: str, template: str = QWEN3) -> Tokenizer:
     if kind != "byte level":
         return read(MAKERS[kind]())
     settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
     return read(byte_level((*OF_QWEN, "<s>", "<think>", "</think>")),
-                tokenizer_config=settings | {"chat_template": QWEN3})
+                tokenizer_config=settings | {"chat_template": template})
 
 
 @pytest.fixture(params=MAKERS)
@@ -288,13 +265,12 @@ def test_a_corpus_is_the_ids_of_its_documents(corpus):
     tokenizer, exact = corpus.tokenizer, 0
     assert corpus.starts[0] == 0 and corpus.starts[-1] == len(corpus.tokens)
     assert corpus.tokens.dtype == np.uint32 and len(corpus.starts) == len(documents) + 1
-    asked = [document.prompt or document.text for document in documents]
-    assert corpus.split.tolist() == split(asked, 8, 1)
+    assert corpus.split.tolist() == split([document.text for document in documents], 8, 1)
     for n, document in enumerate(documents):
         ids, region = corpus.ids(n).tolist(), int(corpus.regions[n] - corpus.starts[n])
-        assert corpus.is_chat[n] == bool(document.prompt)
-        if document.prompt:
-            assert ids[:region] == tokenizer.chat(document.prompt)
+        assert corpus.is_chat[n] == bool(document.response)
+        if document.response:
+            assert ids[:region] == tokenizer.chat(document.text)
             assert ids[region:] == tokenizer.response_ids(document.response)
             continue
         assert ids == tokenizer.encode(document.text)
@@ -307,43 +283,39 @@ def test_a_corpus_is_the_ids_of_its_documents(corpus):
     assert exact > 3
 
 
-def test_a_corpus_is_tokenised_once_for_the_same_content(tmp_path, monkeypatch):
-    rows, cache, calls = some_rows(random.Random(0)), tmp_path / "cache", []
+def test_a_corpus_is_made_once_for_the_same_content(tmp_path, monkeypatch):
+    rows, made = some_rows(random.Random(0)), []
     file, tokenizer = write(tmp_path / "a.jsonl", *rows), chat_tokenizer("byte level")
-    tokenize, divide = data._tokenize, data.split_documents
-    monkeypatch.setattr(data, "_tokenize", lambda *a: calls.append("ids") or tokenize(*a))
-    monkeypatch.setattr(data, "split_documents", lambda *a: calls.append("split") or divide(*a))
+    divide = data.split_documents
+    monkeypatch.setattr(data, "split_documents", lambda *a: made.append(a) or divide(*a))
 
-    def load(tokenizer=tokenizer, source=file, holdout=8, seed=1) -> tuple[str, list[str]]:
-        calls.clear()
-        return load_corpus(source, tokenizer, cache, holdout, seed).fingerprint, list(calls)
+    def load(source=file, tokenizer=tokenizer, holdout=8, seed=1) -> tuple[str, bool]:
+        made.clear()
+        corpus = load_corpus(source, tokenizer, tmp_path / "cache", holdout, seed)
+        return corpus.fingerprint, bool(made)
 
-    first, made = load()
-    assert made == ["ids", "split"] and load() == (first, [])
-    assert load(seed=2) == (first, ["split"]) and load(holdout=9) == (first, ["split"])
+    first, _ = load()
+    assert load() == (first, False)
+    assert load(seed=2) == load(holdout=9) == (first, True)  # the same texts, parted otherwise
     (tmp_path / "moved").mkdir()
-    assert load(source=file.rename(tmp_path / "moved/a.jsonl")) == (first, [])
-    seen = {first}
-    plain = [row for row in rows if "text" in row]
-    for source, other in (
-            (write(tmp_path / "b.jsonl", *rows[:-1]), tokenizer), (tmp_path / "moved/a.jsonl", read(
-                byte_level((*OF_QWEN, "<think>", "</think>", "<x>", "<s>")))),
-            (write(tmp_path / "c.jsonl", *plain), tokenizer)):
-        name, made = load(other, source)
-        assert made == ["ids", "split"] and name not in seen
-        seen.add(name)
-    other = Tokenizer(tokenizer.files | {"chat_template.jinja": b"{{ messages[0].content }}"}, "x")
-    name, made = load(other, tmp_path / "c.jsonl")  # plain text knows no chat format
-    assert name in seen and load(other, tmp_path / "b.jsonl")[0] not in seen
+    moved = file.rename(tmp_path / "moved/a.jsonl")
+    assert load(moved) == (first, False)
+    special = byte_level((*OF_QWEN, "<think>", "</think>", "<x>", "<s>"))
+    plain = write(tmp_path / "c.jsonl", *(row for row in rows if "text" in row))
+    names = [load(write(tmp_path / "b.jsonl", *rows[:-1]))[0], load(plain)[0],
+             load(moved, read(special))[0]]
+    assert len({first, *names}) == 4
+    other = chat_tokenizer("byte level", template="{{ messages[0].content }}")
+    assert load(plain, other)[0] == names[1]  # plain text knows no chat format
+    assert load(moved, other)[0] != first
 
 
 def test_a_corpus_that_was_being_made_when_its_process_died_is_made_again(tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", *some_rows(random.Random(1)))
-    tokenizer, last = chat_tokenizer("byte level"), 0
+    tokenizer, cache = chat_tokenizer("byte level"), tmp_path / "cache"
     whole = load_corpus(file, tokenizer, tmp_path / "whole", 8, 1)
-    monkeypatch.setattr(data, "BATCH", 300)
-    batches = []
-    encode = tokenizer.encode_batch
+    monkeypatch.setattr(data, "BATCH", 3)
+    batches, encode, last = [], tokenizer.encode_batch, 0
 
     def dies(texts: list[str]) -> list[list[int]]:
         batches.append(texts)
@@ -352,28 +324,27 @@ def test_a_corpus_that_was_being_made_when_its_process_died_is_made_again(tmp_pa
         return encode(texts)
 
     tokenizer.encode_batch = dies
-    for last in (1, 3, 5):
+    for last in (1, 5):
         batches.clear()
         with pytest.raises(KeyboardInterrupt):
-            load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
-        written = list((tmp_path / "cache").glob("*/tokens.u32"))
-        assert [path.parent.suffix for path in written] == [".aside"]
+            load_corpus(file, tokenizer, cache, 8, 1)
+        assert [path.parent.suffix for path in cache.glob("*/tokens.u32")] == [".aside"]
     last = 0
-    again = load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
+    again = load_corpus(file, tokenizer, cache, 8, 1)
     assert len(batches) > 9 and again.fingerprint == whole.fingerprint
     for name in ("tokens", "starts", "regions", "is_chat", "split"):
         assert np.array_equal(getattr(again, name), getattr(whole, name))
-    tokens = next((tmp_path / "cache").glob("*/tokens.u32"))
+    tokens = next(cache.glob("*/tokens.u32"))
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"{tokens.parent}: .* tokens, not .*; remove it"):
-        load_corpus(file, tokenizer, tmp_path / "cache", 8, 1)
+        load_corpus(file, tokenizer, cache, 8, 1)
 
 
 WORKER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import data
-data.BATCH = 2000
+data.BATCH = 8
 corpus = data.load_corpus(sys.argv[2], data.Tokenizer.from_dir(sys.argv[3]), sys.argv[4], 8, 1)
 print(corpus.fingerprint, len(corpus.tokens), corpus.split.tolist())
 """
@@ -397,33 +368,23 @@ def test_a_document_that_its_tokens_cannot_spell_is_refused_by_number(tmp_path):
     file = write(tmp_path / "a.jsonl", {"text": "a b"}, {"text": "a ▁ literal one"})
     load_corpus(file, chat_tokenizer("byte level"), tmp_path, 0, 0)
     for kind in ("prepend", "metaspace first"):
-        with pytest.raises(ValueError, match="document 2 of the corpus: .* ▁ .*'a ▁ literal one'"):
+        with pytest.raises(ValueError, match="a.jsonl line 2: .* ▁ .*'a ▁ literal one'"):
             load_corpus(file, read(MAKERS[kind]()), tmp_path, 0, 0)
 
 
 def test_the_fingerprint_changes_with_every_input(tmp_path):
-    for name in ("model", "sub", "model/folder"):  # a folder within, as hub downloads have them
-        (tmp_path / name).mkdir()
-    (tmp_path / "model/a.json").write_text("12")
-    (tmp_path / "model/b.json").write_text("34")
-    base = ("text", b"bytes", 512, tmp_path / "model")
-    seen = {fingerprint(*base)}
-    assert {fingerprint(*base)} == seen and re.fullmatch("[0-9a-f]{24}", *seen)
-
-    def differs(*parts: object) -> None:
-        assert fingerprint(*parts) not in seen
-        seen.add(fingerprint(*parts))
-
-    for n, other in enumerate(("Text", b"Bytes", 513, tmp_path / "sub")):
-        differs(*base[:n], other, *base[n + 1:])
-    differs(*base, "")
-    differs(*base[1:])
-    differs("textb", *base[1:])
-    differs(*base[:3], tmp_path / "model/a.json")
-    (tmp_path / "model/b.json").write_text("35")  # content of the same size
-    differs(*base)
-    (tmp_path / "model/b.json").rename(tmp_path / "model/c.json")
-    differs(*base)
+    folder = tmp_path / "model"
+    (folder / "within").mkdir(parents=True)  # as hub downloads have them
+    (folder / "a.json").write_text("12")
+    (folder / "b.json").write_text("34")
+    base = ("text", b"bytes", 512, folder)
+    other = [base, base[1:], (*base, ""), ("textb", *base[1:]), (*base[:3], folder / "a.json")]
+    seen = [fingerprint(*parts) for parts in other]
+    (folder / "b.json").write_text("35")  # content of the same size
+    seen.append(fingerprint(*base))
+    (folder / "b.json").rename(folder / "c.json")
+    seen.append(fingerprint(*base))
+    assert len(set(seen)) == len(seen) and fingerprint(*base) == seen[-1]
 
 
 # Positions
@@ -437,52 +398,38 @@ def some_entropy(corpus: Corpus) -> np.ndarray:
     return entropy
 
 
-def places_by_definition(corpus: Corpus, entropy: np.ndarray, chosen: PositionFilter,
-                         part: int) -> list[int]:
-    """Places that may be asked about, before the filter's kind and whether a box can hold them."""
-    places = []
-    for document, (start, end) in enumerate(itertools.pairwise(corpus.starts.tolist())):
-        for place in range(start + max(chosen.min_context, 1), end):
-            behind = chosen.region == "all" or place >= corpus.regions[document]
-            near = not chosen.max_context or place - start <= chosen.max_context
-            if corpus.split[document] == part and behind and near and np.isfinite(entropy[place]):
-                places.append(place)
-    return places
-
-
 @pytest.mark.parametrize("part, region, min_context, max_context", [
     (TRAIN, "all", 0, 0), (TRAIN, "solution", 12, 0), (TRAIN, "all", 3, 30),
     (HELD_OUT, "solution", 1, 40), (HELD_OUT, "all", 900, 0)])
 def test_filters_keep_what_they_say(corpus, part, region, min_context, max_context):
     corpus, _ = corpus
-    entropy = some_entropy(corpus)
-    common = PositionFilter(region=region, min_context=min_context, max_context=max_context)
-    places = places_by_definition(corpus, entropy, common, part)
-    ends = {place: int(end) for start, end in itertools.pairwise(corpus.starts)
-            for place in range(start, end)}
-
-    def truth(place: int) -> list[bytes]:
-        ids = corpus.tokens[place: min(place + TRUTH_TOKENS, ends[place])]
-        return [corpus.tokenizer.token_bytes(id) for id in ids]
-
-    can = {place for place in places if reachable(truth(place))}
+    entropy, places = some_entropy(corpus), []
+    for document, (start, end) in enumerate(itertools.pairwise(corpus.starts.tolist())):
+        for place in range(start + max(min_context, 1), end):
+            behind = region == "all" or place >= corpus.regions[document]
+            near = not max_context or place - start <= max_context
+            if corpus.split[document] == part and behind and near and np.isfinite(entropy[place]):
+                places.append(place)
+    can = {place for place in places if reachable(corpus.truth(place))}
     assert len(can) < len(places) or min_context == 900
 
-    def asked(kind: str, value: float, seed: int = 0) -> set[int]:
-        chosen = replace(common, kind=kind, value=value, seed=seed)
-        found = select_positions(corpus, entropy, chosen, part)
-        assert found.positions.dtype == np.int64 and found.positions.tolist() == sorted(
-            set(found.positions.tolist()))
-        return set(found.positions.tolist())
+    def asked(kind: str, value: float) -> set[int]:
+        chosen = PositionFilter(kind, value, min_context, max_context, region, seed=3)
+        found = select_positions(corpus, entropy, chosen, part).positions
+        assert found.dtype == np.int64 and (np.diff(found) > 0).all()
+        return set(found.tolist())
 
-    for threshold in (-1.0, 0.0, 0.5, 1.5, 99.0):
+    for threshold in (-1.0, 0.5, 99.0):
         assert asked("threshold", threshold) == {p for p in can if entropy[p] > threshold}
-    ranked = sorted(places, key=lambda place: (-entropy[place], place))
+    ranked = sorted((entropy[place] for place in places), reverse=True)
     numbers = np.random.default_rng([3, 5]).random(len(places))
-    for share in (0.0, 0.01, 0.1, 0.25, 0.8, 1.0):
-        assert asked("top", share) == set(ranked[: int(np.ceil(share * len(ranked)))]) & can
+    for share in (0.01, 0.25, 1.0):
+        least = ranked[int(np.ceil(share * len(ranked))) - 1] if ranked else 0
+        assert asked("top", share) == {p for p in can if entropy[p] >= least}
         kept = {place for place, number in zip(places, numbers) if number < share}
-        assert asked("random", share, 3) == kept & can
+        assert asked("random", share) == kept & can
+    with pytest.raises(ValueError, match="filter 'best': it is threshold, top or random"):
+        asked("best", 1.0)
 
 
 def test_a_question_is_what_precedes_and_the_bytes_of_what_follows(corpus):
@@ -492,16 +439,12 @@ def test_a_question_is_what_precedes_and_the_bytes_of_what_follows(corpus):
     for question, place in zip(questions, questions.positions.tolist(), strict=True):
         ids = corpus.ids(question.document).tolist()
         assert place == corpus.starts[question.document] + question.position
-        assert list(question.context) == ids[: question.position]
-        assert list(question.truth) == [corpus.tokenizer.token_bytes(id) for id in ids[
-            question.position: question.position + TRUTH_TOKENS]]
+        assert question.context == tuple(ids[: question.position])
+        following = ids[question.position: question.position + TRUTH_TOKENS]
+        assert question.truth == tuple(map(corpus.tokenizer.token_bytes, following))
         assert question.entropy == entropy[place] and question.answer is None
         last += question.position == len(ids) - 1
     assert last > 5 and max(len(q.truth) for q in questions) == 32
-    with pytest.raises(ValueError, match="filter 'best': it is threshold, top or random"):
-        select_positions(corpus, entropy, PositionFilter("best"))
-    with pytest.raises(IndexError):
-        questions[len(questions)]
 
 
 def test_choosing_positions_looks_at_each_token_a_bounded_number_of_times(tmp_path):
@@ -541,7 +484,7 @@ def test_every_token_of_training_documents_is_predicted_once(corpus, max_tokens)
     for document in np.flatnonzero(corpus.split == TRAIN).tolist():
         ids = corpus.ids(document).tolist()
         if corpus.is_chat[document]:
-            prompt = corpus.tokenizer.chat(documents[document].prompt)
+            prompt = corpus.tokenizer.chat(documents[document].text)
             assert found.pop(0) == (prompt, ids[len(prompt):] + end)
             continue
         whole = bos + ids + end
@@ -571,23 +514,18 @@ def test_a_draw_depends_on_seed_step_and_retry_alone_and_holds_no_question_twice
     keys = itertools.product((0, 1, -3, 2**40, 2**63 - 1), range(9), (0, 1))  # seed, step, retry
     draws = {key: random_indices(50, *key, 10) for key in keys}
     assert all(random_indices(50, *key, 10) == numbers for key, numbers in reversed(draws.items()))
-    assert len({tuple(numbers) for numbers in draws.values()}) == len(draws)
-    for numbers in draws.values():
-        assert len(set(numbers)) == 10 and set(numbers) <= set(range(50))
-    assert sorted(random_indices(10, 0, 0, 0, 10)) == list(range(10))
+    assert len(set(map(tuple, draws.values()))) == len(draws)
+    assert all(len(set(numbers) & set(range(50))) == 10 for numbers in draws.values())
     few = random_indices(3, 0, 0, 0, 10)
     assert len(few) == 10 and set(few) <= {0, 1, 2}
 
 
 def test_draws_are_uniform():
-    counts, first = np.zeros(20), np.zeros(20)
+    counts = np.zeros(20)
     for step in range(4000):
-        numbers = random_indices(20, 7, step, step % 3, 5)
-        first[numbers[0]] += 1
-        counts[numbers] += 1
+        counts[random_indices(20, 7, step, step % 3, 5)] += 1
     # Pearson's statistic, 19 degrees of freedom: above 43.8 once in a thousand.
     # Without repetition the variance is 15/19.
-    assert ((first - 200) ** 2 / 200).sum() < 43.8
     assert ((counts - 1000) ** 2 / 1000).sum() * 19 / 15 < 43.8
 
 
@@ -606,12 +544,11 @@ def test_the_questions_of_omnimath_are_those_on_record(tmp_path):
     rows = (ASSETS / "data/omni_math_rule.jsonl").read_text().splitlines()[:300]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     corpus = load_corpus(tmp_path / "a.jsonl", tokenizer, tmp_path, 0, 0)
-    for document in read_corpus(tmp_path / "a.jsonl"):
-        assert tokenizer.bytes_of(corpus.ids(document.id)) == document.text.encode()
+    for n, document in enumerate(read_corpus(tmp_path / "a.jsonl")):
+        assert tokenizer.bytes_of(corpus.ids(n)) == document.text.encode()
     assert digest([corpus.ids(n).tolist() for n in range(300)]) == "0d96d6193a18b8ee"
     rng = np.random.default_rng(5)
-    entropy = np.concatenate([rng.exponential(0.7, n) for n in np.diff(corpus.starts)])
-    entropy = entropy.astype(np.float32)
+    entropy = rng.exponential(0.7, len(corpus.tokens)).astype(np.float32)
     entropy[corpus.starts[:-1]] = np.nan
     for kind, value, region, count, wanted in [
             ("threshold", 0.5, "all", 73097, "2d3f03c18c51b898"),
@@ -623,8 +560,8 @@ def test_the_questions_of_omnimath_are_those_on_record(tmp_path):
         chosen = PositionFilter(kind, value, 16, 0, region, seed=3)
         questions = select_positions(corpus, entropy, chosen)
         at = np.searchsorted(corpus.starts, questions.positions, "right") - 1
-        places = zip(at.tolist(), (questions.positions - corpus.starts[at]).tolist())
-        assert (len(questions), digest(list(places))) == (count, wanted)
+        places = list(zip(at.tolist(), (questions.positions - corpus.starts[at]).tolist()))
+        assert (len(questions), digest(places)) == (count, wanted)
         if (kind, region) == ("threshold", "all"):
             drawn = [questions[n] for n in random_indices(count, 3, 7, 0, 60)]
             assert digest([(q.context, q.truth, q.document, q.position, round(q.entropy, 5))

@@ -4,10 +4,12 @@ Oracles: the text's own UTF-8; the `tokenizers` library on the unchanged tokeniz
 published chat formats as literal text; transformers, where it is installed.
 """
 
+import itertools
 import json
 import os
 import random
 import re
+import tempfile
 import unicodedata
 from datetime import datetime
 from pathlib import Path
@@ -70,11 +72,17 @@ def sentencepiece(scheme: str, special: tuple[str, ...] = ("<s>", "</s>"),
     return bpe
 
 
-def read(bpe: tokenizers.Tokenizer, thinking: bool = True, **files: object) -> Tokenizer:
-    """data.Tokenizer of a tokenizer and the JSON objects beside it."""
-    files = {f"{name}.json": json.dumps(content).encode() for name, content in (
-        {"tokenizer_config": {"eos_token": "</s>", "bos_token": "<s>"}} | files).items()}
-    return Tokenizer(files | {"tokenizer.json": bpe.to_str().encode()}, "here", thinking)
+def read(bpe: tokenizers.Tokenizer, thinking: bool = True, jinja: str = "",
+         **files: object) -> Tokenizer:
+    """data.Tokenizer of a tokenizer, a template and the JSON objects beside it."""
+    files = {"tokenizer_config": {"eos_token": "</s>", "bos_token": "<s>"}} | files
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, f"{name}.json").write_text(json.dumps(content))
+        if jinja:
+            Path(folder, "chat_template.jinja").write_text(jinja)
+        bpe.save(f"{folder}/tokenizer.json")
+        return Tokenizer.from_dir(folder, thinking)
 
 
 MAKERS = {
@@ -113,49 +121,35 @@ def test_ids_are_the_librarys_and_their_bytes_those_of_the_text(kind):
 @pytest.mark.parametrize("kind", ["byte level", "prepend"])
 def test_a_token_is_found_by_its_bytes_and_ids_beyond_the_vocabulary_have_none(kind):
     tokenizer = read(MAKERS[kind]())
-    contents, size = [tokenizer.token_bytes(id) for id in range(len(tokenizer))], len(tokenizer)
-    for content in {*contents, b"no such token", b"\xff\xff\xff"}:
+    size = len(tokenizer)
+    contents = list(map(tokenizer.token_bytes, range(size)))
+    for content in {*contents, b"no such token"}:
         found = [id for id, other in enumerate(contents) if other == content]
         assert tokenizer.ids_of_token(content) == found
-    assert tokenizer.token_bytes(size) == tokenizer.token_bytes(10**6) == b""
-    assert tokenizer.bytes_of([size, *tokenizer.encode_inside("ab"), size + 7]) == b"ab"
-    assert tokenizer.tokens(b"\xff\xfe") == tokenizer.tokens(b"a\xe6\x97") == []  # not UTF-8
+    assert tokenizer.bytes_of([size, *tokenizer.encode_inside("ab"), 10**6]) == b"ab"
+    assert tokenizer.tokens(b"a\xe6\x97") == []  # not UTF-8
 
 
-def unspelled() -> dict[str, tokenizers.Tokenizer]:
-    """Tokenizers that lose something of a text."""
-    lower, compatible, spaceless, no_bytes, literal, accents = (byte_level() for _ in range(6))
-    lower.normalizer, compatible.normalizer = normalizers.Lowercase(), normalizers.NFKC()
-    accents.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    spaceless.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    for bpe in (no_bytes, literal):  # characters without bytes to fall back on; ▁ as for a space
-        bpe.normalizer, bpe.decoder = None, decoders.Fuse()
-        bpe.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\s+"), "isolated")
-        bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["</s>"], show_progress=False,
-            initial_alphabet=list("Spelled asIt:\n\tnaïveﬁ½Ω，日本語한글🚀①\r{x_1}")))
-    no_bytes.pre_tokenizer, spec = None, json.loads(sentencepiece("prepend").to_str())
-    spec["model"]["byte_fallback"] = False
-    byteless = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    return {"lower case": lower, "NFKC": compatible, "spaces": spaceless, "literal": literal,
-            "accents": accents, "no bytes": byteless}
+def lossy(kind: str) -> tokenizers.Tokenizer:
+    """Loses something of a text."""
+    if kind == "no bytes":
+        spec = json.loads(sentencepiece("prepend").to_str())
+        spec["model"]["byte_fallback"] = False
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    bpe = byte_level()
+    if kind == "spaces":
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    else:
+        bpe.normalizer = getattr(normalizers, kind)()
+    return bpe
 
 
-@pytest.mark.parametrize("kind, bpe", unspelled().items())
-def test_a_tokenizer_that_cannot_spell_a_text_is_refused_by_name(kind, bpe):
-    with pytest.raises(ValueError, match="here/tokenizer.json: not a usable tokenizer .*its tokens "
-                                         "spell 'Spelled  as It is.*use one that keeps every byte"):
-        read(bpe)
-
-
-def test_a_special_token_spelled_in_text_stays_text():
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "</s>")
-    tokenizer = read(byte_level(special))
-    text = "a <think> b</think><|im_end|>\n<|im_start|>user<|endoftext|>"
-    for ids in (tokenizer.encode(text), *tokenizer.encode_batch([text]), tokenizer.chat(text)[:-2]):
-        assert tokenizer.bytes_of(ids).startswith(text.encode())
-        assert not set(ids) & set(tokenizer.special.values())
+@pytest.mark.parametrize("kind", ["Lowercase", "NFKC", "spaces", "no bytes"])
+def test_a_tokenizer_that_cannot_spell_a_text_is_refused(kind):
+    with pytest.raises(ValueError, match="the tokenizer .* cannot be used .*its tokens spell "
+                                         "'Spelled  as It is.*use one that keeps every byte"):
+        read(lossy(kind))
 
 
 @pytest.mark.parametrize("special", [
@@ -171,7 +165,6 @@ def test_a_response_has_the_models_own_marks_of_thinking(special):
 
 
 @pytest.mark.parametrize("generation, config, settings, wanted", [
-    ({"eos_token_id": 7}, {"eos_token_id": 8}, {"eos_token": "</s>"}, [7]),
     ({"eos_token_id": [9, 7]}, {"eos_token_id": 8}, {}, [9, 7]),
     ({"eos_token_id": 0}, {"eos_token_id": 8}, {}, [0]),
     ({"eos_token_id": None}, {"eos_token_id": [8, 3]}, {}, [8, 3]),
@@ -179,60 +172,65 @@ def test_a_response_has_the_models_own_marks_of_thinking(special):
     ({}, {"eos_token_id": None}, {"eos_token": "</s>"}, ["</s>"]),
     ({}, {}, {"eos_token": {"content": "</s>", "lstrip": False}}, ["</s>"]),
     ({}, {}, {"eos_token": "</t>"}, None),
-    ({}, {}, {}, None),
 ])
 def test_end_tokens_come_from_the_generation_config_else_the_config_else_the_tokenizer(
         generation, config, settings, wanted, tmp_path):
     files = {"generation_config": generation, "config": config, "tokenizer_config": settings}
     if wanted is None:
-        with pytest.raises(ValueError, match="here: no end token in"):
+        with pytest.raises(ValueError, match="no end token in"):
             read(byte_level(), **files)
         return
     tokenizer = read(byte_level(), **files)
     assert tokenizer.eos_ids == [tokenizer.special.get(token, token) for token in wanted]
     tokenizer.save(tmp_path)  # without config.json, which is the model's
     assert Tokenizer.from_dir(tmp_path).eos_ids == tokenizer.eos_ids
-    assert Tokenizer.from_dir(tmp_path).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 
 
 @pytest.mark.parametrize("name, content", [
-    ("tokenizer.json", "{"), ("tokenizer.json", ""), ("tokenizer.json", "[]"),
-    ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"), ("generation_config.json", "[1]"),
-    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": "b"}}}'),
-    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'),
-    ("config.json", "no"), ("config.json", "\udcff"), ("tokenizer.json", None),
+    ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", None),
+    ("tokenizer_config.json", "{"), ("generation_config.json", "[1]"), ("config.json", "\udcff"),
 ])
 def test_a_damaged_or_missing_file_is_one_sentence_that_names_it(name, content, tmp_path):
     read(byte_level()).save(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
-        with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
-            Tokenizer.from_dir(tmp_path)
-        return
-    (tmp_path / name).write_text(content, errors="surrogateescape")
+    else:
+        (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as caught:
+        Tokenizer.from_dir(tmp_path)
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize("spec", [
+    {}, {"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": "b"}}},
+    {"added_tokens": [], "model": {"type": "Unigram", "vocab": [["a", 0.0]]}}])
+def test_what_is_no_usable_tokenizer_is_one_sentence_that_names_its_folder(spec, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer .* cannot be used") as caught:
         Tokenizer.from_dir(tmp_path)
     assert "\n" not in str(caught.value).strip()
 
 
 def test_a_proxy_whose_ids_mean_something_else_is_refused():
     ours, spec = read(byte_level()), json.loads(byte_level().to_str())
-    a, b = sorted(spec["model"]["vocab"])[5:7]
     vocabulary = spec["model"]["vocab"]
+    a, b = sorted(vocabulary)[5:7]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     theirs = read(tokenizers.Tokenizer.from_str(json.dumps(spec)))
-    assert len(ours) == len(theirs)
     with pytest.raises(ValueError, match="proxy: token .* there and .* in the policy's tokenizer"):
         check_same_tokens(ours, theirs, "proxy")
     more = read(byte_level(("</s>", "<extra>")))
     check_same_tokens(ours, more, "proxy")
     with pytest.raises(ValueError, match=f"token {len(ours)} is b'' there and b'<extra>'"):
         check_same_tokens(more, ours, "proxy")
-    check_vocabulary(more, len(more), "model")
-    for tokenizer, size in ((more, len(more) - 1), (read(byte_level(), config={
-            "eos_token_id": 900}), 900)):
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    tokenizer, far = read(byte_level()), read(byte_level(), config={"eos_token_id": 900})
+    check_vocabulary(tokenizer, len(tokenizer), "model")
+    for one, size in ((tokenizer, len(tokenizer) - 1), (far, 900)):
         with pytest.raises(ValueError, match=f"model: the tokenizer has .* only {size}"):
-            check_vocabulary(tokenizer, size, "model")
+            check_vocabulary(one, size, "model")
 
 
 # The chat format: the published templates (of Qwen, the branches that a lone user message takes)
@@ -301,12 +299,10 @@ def family(name: str, thinking: bool = True, beside: bool = False) -> Tokenizer:
     """beside: with the template in a file of its own, as transformers writes it today."""
     template, bpe = FAMILIES[name][:2]
     settings = {"eos_token": "</s>", "bos_token": "<s>" if bpe.token_to_id("<s>") else None}
-    files = {"tokenizer.json": bpe.to_str().encode()}
-    if beside and template:
-        files["chat_template.jinja"], template = template.encode(), "not this one"
-    settings |= {"chat_template": template} if template else {}
-    files["tokenizer_config.json"] = json.dumps(settings).encode()
-    return Tokenizer(files, name, thinking)
+    if template:
+        settings["chat_template"] = "not this one" if beside else template
+    jinja = template if beside and template else ""
+    return read(bpe, thinking, jinja, tokenizer_config=settings)
 
 
 def rendered(name: str, prompt: str, thinking: bool) -> str:
@@ -320,7 +316,7 @@ def rendered(name: str, prompt: str, thinking: bool) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_chat_format_is_the_published_one(name, thinking, beside, tmp_path):
     if FAMILIES[name][5] is None and not thinking:
-        with pytest.raises(ValueError, match=f"{name}: .*it opens <think> whatever"):
+        with pytest.raises(ValueError, match="opens <think> whatever"):
             family(name, thinking, beside)
         return
     tokenizer, raw = family(name, thinking, beside), FAMILIES[name][1]
@@ -352,12 +348,14 @@ def test_an_export_prompts_in_transformers_as_it_was_trained(name, thinking, tmp
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_users_text_never_becomes_a_special_token(name):
+def test_a_special_token_spelled_in_text_stays_text(name):
     tokenizer, spelled = family(name), "x" + "".join(family(name).special) + "y"
-    ids, plain = tokenizer.chat(spelled), tokenizer.chat("x")
     special = set(tokenizer.special.values())
+    ids, plain = tokenizer.chat(spelled), tokenizer.chat("x")
     assert [id for id in ids if id in special] == [id for id in plain if id in special]
-    assert spelled.encode() in tokenizer.bytes_of(ids)
+    for ids in (ids, tokenizer.encode(spelled), *tokenizer.encode_batch([spelled])):
+        assert spelled.encode() in tokenizer.bytes_of(ids)
+    assert not set(tokenizer.encode(spelled)) & special
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -376,12 +374,13 @@ def test_a_context_is_inserted_as_its_own_ids(name):
 
 @pytest.mark.parametrize("template, message", [
     ("{% if %}", "TemplateSyntaxError"), ("{{ messages[7].content }}", "UndefinedError"),
-    ("no prompt", "ValueError"), ("{{ messages[0].content * 2 }}", "ValueError"),
+    ("no prompt", "does not show the prompt once"),
+    ("{{ messages[0].content * 2 }}", "does not show the prompt once"),
     ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.mro() }}", "SecurityError"),
 ])
 def test_a_template_that_does_not_work_or_wants_out_of_its_sandbox_is_refused(template, message):
-    with pytest.raises(ValueError, match=f"here: a chat template .*{message}"):
-        read(byte_level(), tokenizer_config={"eos_token": "</s>", "chat_template": template})
+    with pytest.raises(ValueError, match=f"chat template cannot be used .*{message}"):
+        read(byte_level(), jinja=template)
 
 
 def test_of_several_templates_the_default_is_used():
@@ -407,20 +406,20 @@ def test_template_v0_is_the_papers():
         assert "\\boxed{}" in template and "```{context}```" in template
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ["R1", "Llama 2"])
-def test_a_context_that_is_too_long_loses_its_beginning(name):
+def test_a_context_that_is_too_long_loses_its_beginning(name, template):
     rng, tokenizer = random.Random(0), family(name)
-    for template in TEMPLATES:
-        frame = len(tokenizer.chat(TEMPLATES[template], []))
-        for room, size in ((r, s) for r in (1, 2, 7, 50) for s in (0, 1, 6, 7, 8, 49, 50, 51, 300)):
-            context = tuple(rng.randrange(len(tokenizer)) for _ in range(size))
-            question = Question(context, (b"x",), 0, size)
-            prompt = prompt_ids(tokenizer, question, template, frame + room)
-            kept = context[max(0, size - room):]
-            assert prompt == tokenizer.chat(TEMPLATES[template], kept)
-            assert len(prompt) == frame + min(size, room)
-        with pytest.raises(ValueError, match=f"--max-prompt {frame}: template {template} takes"):
-            prompt_ids(tokenizer, question, template, frame)
+    frame = len(tokenizer.chat(TEMPLATES[template], []))
+    for room, size in itertools.product((1, 7, 50), (0, 1, 6, 7, 8, 300)):
+        context = tuple(rng.choices(range(len(tokenizer)), k=size))
+        question = Question(context, (b"x",), 0, size)
+        kept = context[max(0, size - room):]
+        prompt = prompt_ids(tokenizer, question, template, frame + room)
+        assert prompt == tokenizer.chat(TEMPLATES[template], kept)
+        assert len(prompt) == frame + len(kept)
+    with pytest.raises(ValueError, match=f"--max-prompt {frame}: template {template} takes"):
+        prompt_ids(tokenizer, question, template, frame)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -444,7 +443,7 @@ def deepseek() -> Tokenizer:
 
 
 @needs_assets
-def test_the_published_ids_of_the_qwen_family(deepseek):
+def test_the_published_ids_of_the_qwen_family_and_of_a_llama(deepseek):
     vectors = json.loads((ASSETS / "vectors/qwen_tokenizer_vectors.json").read_text())
     for text, ids in zip(vectors["sequences"], vectors["input_ids"], strict=True):
         exact = unicodedata.normalize("NFC", text).encode()
@@ -453,6 +452,12 @@ def test_the_published_ids_of_the_qwen_family(deepseek):
     for prompt in [*PROMPTS, *TEMPLATES.values()]:
         wanted = [151646, 151644, *deepseek.encode(prompt), 151645, 151648, 198]
         assert deepseek.chat(prompt) == wanted
+    llama = Tokenizer.from_dir(ASSETS / "models/stories260K")
+    raw = tokenizers.Tokenizer.from_file(str(ASSETS / "models/stories260K/tokenizer.json"))
+    for text in TEXTS:
+        assert llama.bos + llama.encode(text) == raw.encode(text).ids
+        assert llama.bytes_of(llama.encode(text)) == b" " + text.encode()
+    assert llama.bos == [1] and llama.eos_ids == [2]
 
 
 @needs_assets
@@ -462,18 +467,7 @@ def test_real_tokenizers_read_and_ask_as_transformers_does(deepseek, tmp_path):
         tokenizer.save(tmp_path)
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
         rows = (ASSETS / "data/gsm8k_train_2k.jsonl").read_text().splitlines()[:200]
-        for text in [*(json.loads(row)["question"] for row in rows), *TEXTS[:3], *PROMPTS]:
+        for text in [*(json.loads(row)["question"] for row in rows), *TEXTS, *PROMPTS]:
             assert theirs(text)["input_ids"] == tokenizer.bos + tokenizer.encode(text)
             assert tokenizer.chat(text) == theirs.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-
-
-@needs_assets
-def test_the_stories_model_begins_a_text_with_a_space():
-    tokenizer = Tokenizer.from_dir(ASSETS / "models/stories260K")
-    raw = tokenizers.Tokenizer.from_file(str(ASSETS / "models/stories260K/tokenizer.json"))
-    text = json.loads((ASSETS / "vectors/stories260K_greedy_200.json").read_text())["text"]
-    for text in (text, *TEXTS):
-        assert tokenizer.bos + tokenizer.encode(text) == raw.encode(text).ids
-        assert tokenizer.bytes_of(tokenizer.encode(text)) == b" " + text.encode()
-    assert tokenizer.bos == [1] and tokenizer.eos_ids == [2]

@@ -625,7 +625,7 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys):
             ([base, "--corpus", str(toy / "corpus.jsonl")], "prompt and response has up to 12,288"),
             ([base, *few, "--corpus", str(tmp_path / "none")], "none"),
             ([base, *corpus, "--out", str(tmp_path / "no/such/folder")], "No such file"),
-            ([base, *few, "--answers", str(rows)], "row 2 has no `answer`"),
+            ([base, *few, "--answers", str(rows)], "has no `answer`"),
             ([base, *corpus, "--samples", "0"], "--samples 0: must be at least 1"),
             ([base, *corpus, "--temperature", "nan"], "--temperature nan: must be"),
             ([base, *corpus, "--device", "gpu"], "--device gpu: this machine has"),

@@ -38,10 +38,10 @@ def tokenizer(toy):
 def questions(toy, tokenizer):
     """About the last two tokens of documents."""
     out = []
-    for document in read_corpus(toy / "corpus.jsonl")[:40]:
+    for n, document in enumerate(read_corpus(toy / "corpus.jsonl")[:40]):
         ids = tokenizer.encode(document.text)
         truth = tuple(map(tokenizer.token_bytes, ids[-2:]))
-        out.append(Question(tuple(ids[:-2]), truth, document.id, len(ids) - 2, 1.0))
+        out.append(Question(tuple(ids[:-2]), truth, n, len(ids) - 2, 1.0))
     return out
 
 
