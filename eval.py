@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields, replace
 from itertools import islice, zip_longest
@@ -83,10 +83,12 @@ def question_sets(corpus: Corpus, proxy: Proxy,
 
 
 def corpus_entropy(proxy: Proxy, corpus: Corpus) -> np.ndarray:
-    """Entropy of each token of the corpus under the proxy: float32, nats, aligned with its tokens.
+    """Entropy of each token of the corpus under the proxy: float32, nats, aligned with its tokens;
+    nan where no token precedes.
 
     Measured once for all runs: the file in the proxy's cache is named by the content of what
-    matters. ValueError if the proxy's ids mean something else.
+    matters. What it lacks is measured by whoever holds its lock, the others wait. ValueError if the
+    proxy's ids mean something else.
     """
     longest = min(proxy.window, int(np.diff(corpus.starts).max())) + len(corpus.tokenizer.bos)
     directory, tokenizer = find_model(proxy.model, longest)
@@ -94,8 +96,17 @@ def corpus_entropy(proxy: Proxy, corpus: Corpus) -> np.ndarray:
     name = fingerprint(
         *sorted(directory.glob("*.safetensors")), directory / "config.json", corpus.fingerprint,
         corpus.tokenizer.bos, proxy.window, proxy.dtype)
-    return measure_entropy(lambda: load_pretrained(directory, proxy.device, proxy.dtype), corpus,
-                           proxy.cache / f"entropy-{name}.f32", proxy.window)
+    rank, file = rank_and_world()[0], proxy.cache / f"entropy-{name}.f32"
+    proxy.cache.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab") as out:
+        while not all_gather(rank > 0 or locked(out))[0]:  # nobody waits longer than a second
+            time.sleep(1)
+        done = all_gather(file.stat().st_size // 4)[0]
+        if done < len(corpus.tokens):
+            model = load_pretrained(directory, proxy.device, proxy.dtype)
+            entropy_pass(model, corpus, out, done, proxy.window)
+        all_gather(None)
+    return np.memmap(file, np.float32, mode="r", shape=len(corpus.tokens))
 
 
 def find_model(name: str | Path, tokens: int) -> tuple[Path, Tokenizer]:
@@ -111,20 +122,13 @@ def find_model(name: str | Path, tokens: int) -> tuple[Path, Tokenizer]:
     return directory, tokenizer
 
 
-def measure_entropy(load: Callable[[], Transformer], corpus: Corpus, file: Path,
-                    window: int) -> np.ndarray:
-    """The entropies in `file`; those that it lacks are measured first, by whoever holds its lock.
-    nan where no token precedes."""
-    rank, total = rank_and_world()[0], len(corpus.tokens)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab") as out:
-        while not all_gather(rank > 0 or locked(out))[0]:  # nobody waits longer than a second
-            time.sleep(1)
-        done = all_gather(file.stat().st_size // 4)[0]
-        if done < total:
-            entropy_pass(load(), corpus, out, done, window)
-        all_gather(None)
-    return np.memmap(file, np.float32, mode="r", shape=total)
+def locked(file: BinaryIO) -> bool:
+    """Takes the lock on an open file unless somebody has it; closing the file gives it back."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def entropy_pass(model: Transformer, corpus: Corpus, out: BinaryIO, done: int, window: int) -> None:
@@ -145,15 +149,6 @@ def entropy_pass(model: Transformer, corpus: Corpus, out: BinaryIO, done: int, w
             bar.update(pieces[-1].end - bar.n)
 
 
-def locked(file: BinaryIO) -> bool:
-    """Takes the lock on an open file unless somebody has it; closing the file gives it back."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Window(NamedTuple):
     """A stretch of a document, by indices of the corpus's tokens."""
 
@@ -172,37 +167,29 @@ def windows(corpus: Corpus, documents: Sequence[int], window: int) -> Iterator[W
             yield Window(document, max(start, end - window), want, end)
 
 
+@torch.no_grad()
 def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window],
                   measure: Callable) -> list[np.ndarray]:
     """A figure of each wanted token of each window, float32; nan where no token precedes.
 
-    measure(model, ids [B, T]) says it of the token *after* each. Every process computes its share
-    and gets all.
+    measure(model, ids [B, T]) says it of the token *after* each. Every process computes its share,
+    windows of like length together, and gets all.
     """
-    rank, world = rank_and_world()
-    mine, texts = pieces[rank::world], []
+    (rank, world), texts = rank_and_world(), []
+    mine = pieces[rank::world]
     for piece in mine:
         bos = [] if corpus.is_chat[piece.document] else corpus.tokenizer.bos
         texts.append([*bos, *corpus.tokens[piece.begin: piece.end].tolist()])
-
-    def compute(some: list[list[int]]) -> np.ndarray:
-        after = measure(model, pad(some, model.head.device))
-        return torch.nn.functional.pad(after, (1, 0), value=math.nan).cpu().numpy()
-
-    rows = dict(in_batches(compute, texts))
-    return gathered([rows[n][: len(text)][piece.want - piece.end:]
-                     for n, (piece, text) in enumerate(zip(mine, texts))])
-
-
-@torch.no_grad()
-def in_batches(compute: Callable[[list], Iterable], texts: Sequence[Sequence[int]]) -> Iterator:
-    """The number of each text with what compute(some texts) gives for it: texts of like length, the
-    longest first, at most BATCH_TOKENS padded tokens at a time."""
-    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+    values: list = [None] * len(mine)
+    order = sorted(range(len(mine)), key=lambda n: -len(texts[n]))
     while order:
         size = max(1, BATCH_TOKENS // len(texts[order[0]]))
         batch, order = order[:size], order[size:]
-        yield from zip(batch, compute([texts[n] for n in batch]))
+        ids = pad([texts[n] for n in batch], model.head.device)
+        for n, row in zip(batch, measure(model, ids).cpu().numpy()):
+            of_token = np.append(np.float32(math.nan), row)[: len(texts[n])]
+            values[n] = of_token[mine[n].want - mine[n].end:]
+    return gathered(values)
 
 
 def gathered(mine: list) -> list:
@@ -211,15 +198,15 @@ def gathered(mine: list) -> list:
     return [x for row in zip_longest(*shares) for x in row][: sum(map(len, shares))]
 
 
-def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tensor:
+def next_token_entropy(model: Transformer, ids: Tensor) -> Tensor:
     """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
 
-    Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is
-    ln 16 = 2.77. The head is applied to 512 positions at a time: with 152 thousand tokens those
-    logits already take 300 MB.
+    Over the model's 16 most probable tokens, renormalised; where they are equal it is ln 16 = 2.77.
+    The head is applied to 512 positions at a time: with 152 thousand tokens those logits already
+    take 300 MB.
     """
-    top_k, hidden = min(top_k, model.config.vocab_size), model(ids).flatten(0, 1)
-    logits = torch.cat([model.logits(h).topk(top_k).values for h in hidden.split(512)])
+    hidden = model(ids).flatten(0, 1)
+    logits = torch.cat([model.logits(h).topk(16).values for h in hidden.split(512)])
     return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
 
 
@@ -254,7 +241,8 @@ def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samp
             max_new_tokens=method.max_response, temperature=method.temperature,
             eos_ids=tokenizer.eos_ids, max_rows=method.max_rows,
             cache_tokens=method.cache_tokens or None, progress=rank == 0)
-        standard = standard_predictions(policy, asked, method.max_prompt)
+        standard = [standard_prediction(policy, question, method.max_prompt)
+                    if question.truth else None for question in asked]
     for n, question, group, token in zip(numbers, asked, groups, standard):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
@@ -266,7 +254,7 @@ def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samp
                   "length": [len(c.ids) for c in group],
                   "predictions": [p if p is None else as_text(p) for p in said],
                   "responses": list(map(as_text, responses))}
-        if question.truth:
+        if token is not None:
             record["standard"] = score(token, question)
         if math.isfinite(question.entropy):
             record["entropy"] = question.entropy
@@ -287,26 +275,23 @@ def score(prediction: bytes | None, question: Question) -> float:
     return prefix_match(prediction, question.truth)
 
 
-def next_token_logits(policy: Policy, questions: Sequence[Question], window: int) -> Iterator:
-    """The number of each question with the logits [V] of plain next-token prediction there.
+@torch.no_grad()
+def next_token_logits(policy: Policy, question: Question, window: int) -> Tensor:
+    """Logits [V] of plain next-token prediction at a question. A context beyond `window` tokens
+    loses its beginning, as a prompt's does."""
+    context = [*policy.tokenizer.bos, *question.context[-window:]]
+    if isinstance(question, Choice):
+        context = question.plain
+    return policy.model.logits(last_hidden(policy.model, [context]))[0]
 
-    A context beyond `window` tokens loses its beginning, as a prompt's does.
-    """
-    model = policy.model
-    contexts = [question.plain if isinstance(question, Choice)
-                else [*policy.tokenizer.bos, *question.context[-window:]] for question in questions]
-    return in_batches(lambda some: model.logits(last_hidden(model, some)), contexts)
 
-
-def standard_predictions(policy: Policy, questions: Sequence[Question], window: int) -> list[bytes]:
-    """Plain next-token prediction (argmax) at each question: the bytes of the predicted token, of a
-    multiple choice the likeliest letter."""
-    found = {}
-    for n, logits in next_token_logits(policy, questions, window):
-        letters = questions[n].letters if isinstance(questions[n], Choice) else ()
-        token = max(letters, key=logits.__getitem__) if letters else int(logits.argmax())
-        found[n] = policy.tokenizer.token_bytes(token)
-    return [found[n] for n in range(len(questions))]
+def standard_prediction(policy: Policy, question: Question, window: int) -> bytes:
+    """The bytes of the token that plain next-token prediction finds likeliest, of a multiple choice
+    the letter."""
+    logits = next_token_logits(policy, question, window)
+    letters = question.letters if isinstance(question, Choice) else ()
+    token = max(letters, key=logits.__getitem__) if letters else int(logits.argmax())
+    return policy.tokenizer.token_bytes(token)
 
 
 def answer_questions(file: str, tokenizer: Tokenizer) -> list[Question]:
@@ -321,8 +306,8 @@ class Choice(Question):
     zero-shot as in the paper's table 3; the truth what stands behind "Answer:" without a thought.
     """
 
-    plain: tuple[int, ...] = ()  # ids of the question up to that letter
-    letters: tuple[int, ...] = ()  # the id of each option's
+    plain: Sequence[int] = ()  # ids of the question up to that letter
+    letters: Sequence[int] = ()  # the id of each option's
 
 
 def read_choices(file: str, tokenizer: Tokenizer) -> list[Choice]:
@@ -335,16 +320,16 @@ def read_choices(file: str, tokenizer: Tokenizer) -> list[Choice]:
         match row:
             case {"question": str(text), "options": list(options), "answer_index": int(answer)} if (
                     0 <= answer < len(options) <= len(letters)):
-                for letter, option in zip(ascii_uppercase, options):
-                    text += f"\n({letter}) {option}"
-                plain = [*tokenizer.bos, *tokenizer.encode(text + "\nAnswer:"), *before]
-                choices.append(Choice(
-                    tuple(tokenizer.encode(text)), (tokenizer.token_bytes(last[answer]),),
-                    len(choices), 0, answer=ascii_uppercase[answer], plain=tuple(plain),
-                    letters=tuple(last[: len(options)])))
+                pass
             case _:
                 raise ValueError(f"{where}: expected question, options (at most 26) and "
                                  "answer_index")
+        for letter, option in zip(ascii_uppercase, options):
+            text += f"\n({letter}) {option}"
+        plain = [*tokenizer.bos, *tokenizer.encode(text + "\nAnswer:"), *before]
+        choices.append(Choice(
+            tuple(tokenizer.encode(text)), (tokenizer.token_bytes(last[answer]),), len(choices), 0,
+            answer=ascii_uppercase[answer], plain=plain, letters=last[: len(options)]))
     return choices
 
 
@@ -353,14 +338,15 @@ def ask(policy: Policy, text: str, method: Method, samples: int, seed: int) -> s
     votes, and beside them the likeliest tokens of plain next-token prediction."""
     question, lines = Question(tuple(policy.tokenizer.encode(text)), (), 0, 0), []
     (record,) = evaluate(policy, [question], method, samples, seed)
-    for response, prediction in zip(record["responses"], record["predictions"]):
+    thoughts = zip(record["responses"], record["predictions"])
+    for n, (response, prediction) in enumerate(thoughts, 1):
         thought = response.partition("</think>")[0].strip()
         thought = re.sub("(.{1000}).+(.{1000})", r"\1 [...] \2", thought, flags=re.DOTALL)
-        lines += [thought, f"    boxed: {prediction!r}"]
-    ((_, logits),) = next_token_logits(policy, [question], method.max_prompt)
+        lines += [f"{n}. {thought}", f"   boxed {prediction!r}"]
+    likely = next_token_logits(policy, question, method.max_prompt).softmax(-1).topk(8)
     left = [f"{count} x {prediction!r}" for prediction, count in votes(record["predictions"])]
     right = [f"{share:.4f} {as_text(policy.tokenizer.token_bytes(token))!r}"
-             for share, token in zip(*(x.tolist() for x in logits.softmax(-1).topk(8)))]
+             for share, token in zip(likely.values.tolist(), likely.indices.tolist())]
     for vote, token in zip_longest(["votes", *left], ["plain next token", *right], fillvalue=""):
         lines.append(f"{vote:40}{token}")
     return "\n".join(lines)
@@ -375,12 +361,11 @@ def typed_lines() -> Iterator[str]:
                 yield line
 
 
-def perplexity(model: Transformer, corpus: Corpus, window: int,
-               split: int = HELD_OUT) -> list[float | None]:
-    """[mean, low, high] of exp(mean of -log P(token | what precedes)) over a split's tokens, of a
+def perplexity(model: Transformer, corpus: Corpus, window: int) -> list[float | None]:
+    """[mean, low, high] of exp(mean of -log P(token | what precedes)) over held-out tokens, of a
     prompt and response the response's, read as in the entropy pass. The interval is over
     documents. ValueError if there is none."""
-    pieces = list(windows(corpus, np.flatnonzero(corpus.split == split), window))
+    pieces = list(windows(corpus, np.flatnonzero(corpus.split == HELD_OUT), window))
     with unsharded(model):
         found = window_values(model, corpus, pieces, next_token_loss)
     first = np.where(corpus.is_chat, corpus.regions, 0)
@@ -423,8 +408,8 @@ def table(models: dict[str, dict], title: str = "accuracy") -> str:
     """The form of the paper's tables for summaries by model name."""
     splits = next(iter(models.values()))
     rows = [["", *(f"{split} ({of['questions']})" for split, of in splits.items())]]
-    names = dict.fromkeys(name for of in splits.values() for name in of)
-    for measure in [name for name in names if name != "questions"]:
+    _, *names = next(iter(splits.values()))  # the first split holds the others
+    for measure in names:
         factor = 1 if measure == "length" else 100
         for model, of in models.items():
             cells = [shown(each.get(measure), factor) for each in of.values()]
@@ -558,9 +543,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def add_options(parser, described: Sequence[Field], defaults: dict) -> None:
     """A command-line option for each field that was made by `option`. parser: or a group of it."""
     for field in described:
-        how = {key: field.metadata.get(key) for key in ("choices", "nargs", "const")}
-        how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else {
-            "type": field.type} | how
+        how = {key: value for key, value in field.metadata.items() if key not in (*LIMITS, "help")}
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = field.type
         parser.add_argument("--" + field.name.replace("_", "-"),
                             default=defaults.get(field.name, field.default),
                             help=f"{field.metadata['help']} (%(default)r)", **how)
@@ -570,12 +557,11 @@ def options_of(kind: type, args: argparse.Namespace):
     """The options as a `kind`; ValueError for a number that is out of its field's range."""
     options = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.name in args})
     for field in fields(kind):
-        value = getattr(options, field.name)
-        for name in LIMITS.keys() & field.metadata.keys():
-            limit = field.metadata[name]
-            if not (LIMITS[name](value, limit) and math.isfinite(value)):
+        value, limits = getattr(options, field.name), field.metadata
+        for name, holds in LIMITS.items():
+            if name in limits and not (holds(value, limits[name]) and math.isfinite(value)):
                 raise ValueError(f"--{field.name.replace('_', '-')} {value}: must be "
-                                 f"{name.replace('_', ' ')} {limit}, and finite")
+                                 f"{name.replace('_', ' ')} {limits[name]} and finite")
     return options
 
 
@@ -586,7 +572,7 @@ def read_run(folder: Path) -> dict:
         if run[name] and (folder / run[name]).exists():
             run[name] = str(folder / run[name])
     return run | {"proxy": run["proxy"] or run["model"],
-                  "cache": run["cache"] or str(folder.parent / "cache")}
+                  "cache": run["cache"] or folder.parent / "cache"}
 
 
 def measured(folder: Path, run: dict, options: Measure, method: Method) -> Iterator[str]:
@@ -596,7 +582,7 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
     needed = method.max_prompt + method.max_response
     source, tokenizer = find_model(folder / "model" if run else folder, needed)
     how = choose_device(options.device), DTYPES[options.dtype]
-    cache, title = Path(options.cache or "runs/cache"), "questions with answers"
+    cache = Path(options.cache or "runs/cache")
     # of a run never others: it was trained on them
     split = run.get("holdout", options.holdout), run.get("seed", options.seed)
     if options.ask is not None:
@@ -607,7 +593,7 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
     if options.choices or options.answers:
         method = replace(method, template="plain")
     if options.choices:
-        title, questions = "multiple choice", read_choices(options.choices, tokenizer)
+        questions = read_choices(options.choices, tokenizer)
     elif options.answers:
         questions = answer_questions(options.answers, tokenizer)
     elif not options.corpus:
@@ -625,14 +611,14 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
         proxy = Proxy(options.proxy or source, cache, method.max_prompt, *how)
         where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
                                region=options.region)
-        title, (_, questions, _) = "next-token accuracy", question_sets(corpus, proxy, where)
+        _, questions, _ = question_sets(corpus, proxy, where)
     policy = Policy(load_pretrained(source, *how), tokenizer)
     questions = subset(questions, options.questions, options.seed)
     records = evaluate(policy, questions, method, options.samples, options.seed)
     if options.out:
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         Path(options.out).write_text("".join(lines))
-    yield table({folder.name: summary(records)}, title)
+    yield table({folder.name: summary(records)})
 
 
 def check_corpus(run: dict, fingerprint: str) -> None:
