@@ -64,18 +64,16 @@ class Proxy:
 def question_sets(corpus: Corpus, proxy: Proxy,
                   filter: PositionFilter) -> tuple[QuestionSet, QuestionSet, str]:
     """The questions to train on, those of held-out documents (entropy above 0.5 nats, elsewhere the
-    same filter), and a table of what was kept. ValueError if nothing is left to ask."""
+    same filter), and a text of what was kept. ValueError if nothing is left to ask."""
     documents = np.bincount(corpus.split, minlength=3)
     entropy = corpus_entropy(proxy, corpus)
     easy = replace(filter, kind="threshold", value=SPLITS["easy"])
     train = select_positions(corpus, entropy, filter, TRAIN)
     held = select_positions(corpus, entropy, easy, HELD_OUT)
-    splits = [f"{np.sum(entropy[held.positions] > nats):,} above {nats}"
-              for nats in SPLITS.values()]
     text = (f"documents: {documents[TRAIN]:,} to train on, {documents[HELD_OUT]:,} held out, "
             f"{documents[DROPPED]:,} near-duplicates dropped; {len(entropy):,} tokens\n"
             f"questions: {len(train):,} by {filter.kind} {filter.value:g} in {filter.region}; "
-            f"held out {', '.join(splits)} nats")
+            f"held out {len(held):,} above {easy.value} nats")
     if documents[TRAIN] and not len(train):
         raise ValueError("no position is left to ask about; lower --filter-value or --min-context, "
                          f"or use --region all\n{text}")
