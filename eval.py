@@ -245,13 +245,13 @@ def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samp
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
         record = {"question": n, "document": question.document, "position": question.position,
-                  "truth": question.answer or as_text(b"".join(question.truth[:4])),
+                  "truth": question.answer or text(b"".join(question.truth[:4])),
                   "reasoning": [score(prediction, question) for prediction in said],
                   "vote": score(majority_vote(said), question),
                   "parsed": [float(prediction is not None) for prediction in said],
                   "length": [len(c.ids) for c in group],
-                  "predictions": [p if p is None else as_text(p) for p in said],
-                  "responses": list(map(as_text, responses))}
+                  "predictions": [p if p is None else text(p) for p in said],
+                  "responses": list(map(text, responses))}
         if token is not None:
             record["standard"] = score(token, question)
         if math.isfinite(question.entropy):
@@ -260,7 +260,7 @@ def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samp
     return gathered(records)
 
 
-def as_text(content: bytes) -> str:
+def text(content: bytes) -> str:
     """Bytes as JSON can hold them."""
     return content.decode(errors="backslashreplace")
 
@@ -331,10 +331,10 @@ def read_choices(file: str, tokenizer: Tokenizer) -> list[Choice]:
     return choices
 
 
-def ask(policy: Policy, text: str, method: Method, samples: int, seed: int) -> str:
-    """What a model says of how a text goes on, to be read: each thought and what it boxed, the
+def ask(policy: Policy, context: str, method: Method, samples: int, seed: int) -> str:
+    """What a model says of how a context goes on, to be read: each thought and what it boxed, the
     votes, and beside them the likeliest tokens of plain next-token prediction."""
-    question, lines = Question(tuple(policy.tokenizer.encode(text)), (), 0, 0), []
+    question, lines = Question(tuple(policy.tokenizer.encode(context)), (), 0, 0), []
     (record,) = evaluate(policy, [question], method, samples, seed)
     thoughts = zip(record["responses"], record["predictions"])
     for n, (response, prediction) in enumerate(thoughts, 1):
@@ -343,7 +343,7 @@ def ask(policy: Policy, text: str, method: Method, samples: int, seed: int) -> s
         lines += [f"{n}. {thought}", f"   boxed {prediction!r}"]
     likely = next_token_logits(policy, question, method.max_prompt).softmax(-1).topk(8)
     left = [f"{count} x {prediction!r}" for prediction, count in votes(record["predictions"])]
-    right = [f"{share:.4f} {as_text(policy.tokenizer.token_bytes(token))!r}"
+    right = [f"{share:.4f} {text(policy.tokenizer.token_bytes(token))!r}"
              for share, token in zip(likely.values.tolist(), likely.indices.tolist())]
     for vote, token in zip_longest(["votes", *left], ["plain next token", *right], fillvalue=""):
         lines.append(f"{vote:40}{token}")
