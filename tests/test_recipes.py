@@ -27,7 +27,7 @@ from test_train import results, rows
 from worker import coin
 
 FOLDER = Path(auxiliary_loss.__file__).parent
-RECIPES = sorted(file.stem for file in FOLDER.glob("[a-z]*.py"))
+RECIPES = sorted({file.stem for file in FOLDER.glob("[a-z]*.py")} - {"cold_start"})  # its own file
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import eval as evaluation
 from data import PositionFilter, Question, Tokenizer, load_corpus, prompt_ids
 from model import load_pretrained
 from rpt import Method, Policy
-from toy import make
+from toy import make, step
 
 SLOW = pytest.mark.skipif("RPT_TEST_SLOW" not in os.environ,
                           reason="RPT_TEST_SLOW is not set: it trains a base for minutes")
@@ -205,3 +205,27 @@ def test_a_base_of_another_seed_is_so_too(tmp_path):
     known = make.write_texts(tmp_path, seed=11)
     make.train_base(tmp_path, tmp_path / "work", 11, known)
     check_base(tmp_path, tmp_path / "cache", seed=11)
+
+
+def test_one_step_by_hand_prints_what_the_modules_do(tmp_path, capsys):
+    step.main(["--cache", str(tmp_path), "--group-size", "6"])
+    out = capsys.readouterr().out
+    assert [int(n) for n in re.findall(r"^(\d)\. ", out, re.M)] == list(range(1, 8))
+    groups = [part.split("\n6.")[0] for part in re.split(r"\n[47]\. ", out)[1:]]
+    for group in groups:
+        said = [float(r) for r in re.findall(r"reward ([01]),", group)]
+        mean, deviation = np.mean(said), np.std(said, ddof=1)
+        advantages = re.findall(r"advantage ([-+.\d]+)", group)
+        assert len(said) == 6 and len(advantages) == 6
+        for reward, advantage in zip(said, advantages):
+            want = (reward - mean) / deviation if deviation else 0
+            assert abs(float(advantage) - want) < 6e-4  # three digits are printed
+    before, after = re.search(r"mean reward ([.\d]+) -> ([.\d]+)", out).groups()
+    assert [float(before), float(after)] == [
+        float(f"{np.mean([float(r) for r in re.findall('reward ([01]),', g)]):.3f}") for g in groups]
+    weight = int(re.search(r"weight 1/(\d+) a token", out)[1])
+    best = float(re.search(r"A = ([-+.\d]+)", out)[1])
+    losses = re.findall(r"(\d\.\d{5}) +\d\.\d{4} ([-+]\d\.\d{5})$", out, re.M)
+    assert len(losses) > 6
+    for ratio, loss in losses:
+        assert abs(float(ratio) - 1) < 1e-4 and abs(float(loss) + best / weight) < 2e-5
