@@ -27,8 +27,9 @@ import torch.distributed as dist  # noqa: E402
 from helpers import ROOT, assert_rounds_to, in_float64, plain_logits, tiny  # noqa: E402
 
 import eval as evaluation  # noqa: E402
+import train  # noqa: E402
 from data import (HELD_OUT, TRAIN, Corpus, PositionFilter, Question, Tokenizer,  # noqa: E402
-                  answer_sets, fingerprint, load_corpus, prompt_ids)
+                  answer_sets, load_corpus, prompt_ids)
 from eval import (SPLITS, Proxy, bootstrap_interval, corpus_entropy, evaluate,  # noqa: E402
                   next_token_entropy, perplexity, question_sets, read_choices, summary, table)
 from model import load_pretrained, save_pretrained  # noqa: E402
@@ -318,9 +319,8 @@ def says(base, monkeypatch):
 
 def test_only_whole_tokens_that_were_boxed_in_time_are_right(base, says):
     question = Question((1, 2), (b" Ab", b"cd", b"e"), 0, 2, 1.0)
-    texts = {"x</think>\\boxed{ Ab}": (1, 1), "</think>\\boxed{ Abcd}": (1, 1),
-             "</think>\\boxed{ Abc}": (0, 1), "</think>\\boxed{ A}": (0, 1), "\\boxed{ Ab}": (0, 0),
-             "</think>\\boxed{ Ab}...": (0, 0)}
+    texts = {"x</think>\\boxed{ Abcd}": (1, 1), "</think>\\boxed{ Abc}": (0, 1),
+             "\\boxed{ Ab}": (0, 0), "</think>\\boxed{ Abcd}...": (0, 0)}
     says(*texts)
     (record,) = evaluate(base, [question], METHOD, samples=len(texts))
     assert list(zip(record["reasoning"], record["parsed"])) == list(texts.values())
@@ -517,35 +517,25 @@ def test_the_command_measures_answers_and_multiple_choice(toy, base, command, tm
 
 
 @pytest.fixture
-def a_run(toy, base, tmp_path):
-    """A run's folder as train.py leaves it: paths of what exists are relative to the folder."""
-    def make(stage="rpt", corpus="corpus.jsonl", **more):
-        folder = tmp_path / "there" / "run"
-        folder.mkdir(parents=True)
-        (folder / "model").symlink_to(toy / "base")
-        source = tmp_path / "corpus.jsonl"
-        source.write_bytes((toy / corpus).read_bytes())
-        if stage == "rlvr":
-            train, held, _ = answer_sets(source, base.tokenizer, 25, 3)
-            content = fingerprint(*((q.context, q.answer) for q in (*train, *held)))
-        else:
-            content = load_corpus(source, base.tokenizer, tmp_path / "cache", 25, 3).fingerprint
-        settings = {
-            "stage": stage, "model": "model", "corpus": "../../corpus.jsonl", "proxy": "",
-            "cache": "../../cache", "holdout": 25, "seed": 3, "region": "solution",
-            "min_context": 1, "max_context": 0, "dtype": "float32", "template": "toy",
-            "temperature": 0.8, "max_prompt": 128, "max_response": 4, "max_rows": 64,
-            "cache_tokens": 0, "questions": 4, "device": "cuda", "out": "elsewhere",
-            "answers": "a", "inputs": {"corpus": content}}
-        (folder / "run.json").write_text(json.dumps(settings | more))
-        return folder, source
+def a_run(toy, tmp_path):
+    """A run on a copy of a part of a file of the toy, in the same folder, and that copy."""
+    def make(name="corpus.jsonl", *options):
+        source = tmp_path / "there" / name
+        source.parent.mkdir()
+        rows = (toy / name).read_text().splitlines(keepends=True)
+        source.write_text("".join(rows[:400]))
+        train.main(list(map(str, [
+            "--recipe", "toy", "--corpus", source, "--out", source.parent / "run", "--answers=",
+            "--choices=", "--steps", 1, "--questions", 2, "--group-size", 2, "--max-prompt", 128,
+            "--max-response", 4, "--holdout", 25, "--seed", 3, "--eval-questions", 0, *options])))
+        return source.parent / "run", source
     return make
 
 
 def test_a_run_that_was_moved_is_measured_on_its_own_held_out_documents_whatever_the_seed(
         a_run, base, command, tmp_path):
     folder, source = a_run()
-    corpus = load_corpus(source, base.tokenizer, tmp_path / "cache", 25, 3)
+    corpus = load_corpus(source, base.tokenizer, tmp_path, 25, 3)
     folder.parent.rename(tmp_path / "elsewhere")
     _, records = command("--seed", "4", "--holdout", "300", directory=tmp_path / "elsewhere/run")
     documents = {record["document"] for record in records}
@@ -563,7 +553,7 @@ def test_a_run_is_not_measured_on_a_corpus_that_it_was_not_trained_on(a_run, com
 
 
 def test_a_run_with_answers_is_asked_its_held_out_questions(a_run, base, command):
-    folder, source = a_run("rlvr", "answers.jsonl", template="plain")
+    folder, source = a_run("answers.jsonl", "--stage", "rlvr")
     said, records = command("--samples", "2", directory=folder)
     held = {question.document for question in answer_sets(source, base.tokenizer, 25, 3)[1]}
     assert len(records) == 20 and {record["document"] for record in records} <= held
@@ -607,6 +597,7 @@ class Terminal(io.StringIO):
 def test_without_a_text_each_line_that_is_typed_is_asked_as_the_run_was(
         a_run, capsys, monkeypatch, kind, prompts):
     folder, _ = a_run()
+    capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", kind("The ball is\n\nnow under\n"))
     evaluation.main([str(folder), "--device", "cpu", "--samples", "2", "--ask"])
     said = capsys.readouterr().out
