@@ -334,21 +334,16 @@ def test_only_whole_tokens_that_were_boxed_in_time_are_right(base, says):
 
 def test_standard_prediction_reads_the_end_of_a_context_and_may_span_two_tokens():
     policy, method = random_policy(), replace(METHOD, max_prompt=47, max_response=1)
-    contexts = np.random.default_rng(1).integers(0, 300, (20, 60)).tolist()
-    likeliest = {}
-    for name, part in (("end", slice(-47, None)), ("beginning", slice(0, 47))):
-        with torch.no_grad():
-            ids = torch.tensor([context[part] for context in contexts])
-            tokens = policy.model.logits(policy.model(ids))[:, -1].argmax(-1).tolist()
-        likeliest[name] = list(map(policy.tokenizer.token_bytes, tokens))
-    assert likeliest["end"] != likeliest["beginning"]
-    n, token = next((n, token) for n, token in enumerate(likeliest["end"]) if len(token) > 1)
-    right = [(contexts[n], (token[:1], token[1:], b"x")),
-             *zip(contexts, ((each, b"x") for each in likeliest["end"]))]
-    asked = [Question(tuple(context), truth, 0, 60) for context, truth in right]
-    asked.append(replace(asked[0], truth=(token + b"x", b"x")))
+    contexts = torch.from_numpy(np.random.default_rng(1).integers(0, 300, (20, 60)))
+    with torch.no_grad():
+        logits = policy.model.logits(policy.model(contexts[:, -47:]))[:, -1]
+    likeliest = list(map(policy.tokenizer.token_bytes, logits.argmax(-1).tolist()))
+    n, token = next((n, token) for n, token in enumerate(likeliest) if len(token) > 1)
+    truths = [(n, (each, b"x")) for n, each in enumerate(likeliest)]
+    truths += [(n, (token[:1], token[1:], b"x")), (n, (token + b"x", b"x"))]
+    asked = [Question(tuple(contexts[n].tolist()), truth, n, 60) for n, truth in truths]
     records = evaluate(policy, asked, method)
-    assert [record["standard"] for record in records] == [1.0] * len(right) + [0.0]
+    assert [record["standard"] for record in records] == [1.0] * 21 + [0.0]
 
 
 def test_splits_are_nested_and_their_intervals_are_over_documents(base, questions):
