@@ -5,6 +5,7 @@
     python eval.py MODEL_DIR --corpus FILE --perplexity    its perplexity, on held-out documents
     python eval.py MODEL_DIR --answers FILE --samples 4    questions with answers, such as GSM8K
     python eval.py MODEL_DIR --choices FILE                multiple choice, in MMLU-Pro's format
+    python eval.py runs/toy --ask "The ball is now under"  thoughts about what comes next, to read
 
 First the entropy of text under a proxy model, from which questions are chosen (paper, section 3.2);
 then the measurements on a model; then the statistics, which need numpy alone.
@@ -14,16 +15,19 @@ import argparse
 import fcntl
 import json
 import math
+import operator
 import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from string import ascii_uppercase
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +37,8 @@ from tqdm import tqdm
 from data import (DROPPED, HELD_OUT, TRAIN, Corpus, PositionFilter, Question, QuestionSet,
                   Tokenizer, answer_sets, check_same_tokens, check_vocabulary, file_rows,
                   fingerprint, load_corpus, prompt_ids, read_corpus, select_positions)
-from model import (DTYPES, ModelConfig, Transformer, all_gather, choose_device, load_pretrained,
-                   rank_and_world, read_config, read_json, resolve, unsharded)
+from model import (DTYPES, Transformer, all_gather, choose_device, load_pretrained, rank_and_world,
+                   read_config, read_json, resolve, unsharded)
 from reward import answer_match, extract_prediction, prefix_match
 from rpt import Method, Policy, option, token_logprobs
 from sampler import generate, last_hidden, pad
@@ -60,91 +64,86 @@ class Proxy:
 def question_sets(corpus: Corpus, proxy: Proxy,
                   filter: PositionFilter) -> tuple[QuestionSet, QuestionSet, str]:
     """The questions to train on, those of held-out documents (entropy above 0.5 nats, elsewhere the
-    same filter), and a table of what was kept. ValueError if nothing is left to ask."""
-    lengths, documents = np.diff(corpus.starts), np.bincount(corpus.split, minlength=3)
-    if lengths.max() <= filter.min_context:
-        raise ValueError(f"no document is longer than --min-context {filter.min_context} tokens")
+    same filter), and a text of what was kept. ValueError if nothing is left to ask."""
+    documents = np.bincount(corpus.split, minlength=3)
     entropy = corpus_entropy(proxy, corpus)
     easy = replace(filter, kind="threshold", value=SPLITS["easy"])
     train = select_positions(corpus, entropy, filter, TRAIN)
     held = select_positions(corpus, entropy, easy, HELD_OUT)
-    splits = [f"{np.sum(entropy[held.positions] > nats):,} above {nats}"
-              for nats in SPLITS.values()]
     text = (f"documents: {documents[TRAIN]:,} to train on, {documents[HELD_OUT]:,} held out, "
             f"{documents[DROPPED]:,} near-duplicates dropped; {len(entropy):,} tokens\n"
             f"questions: {len(train):,} by {filter.kind} {filter.value:g} in {filter.region}; "
-            f"held out {', '.join(splits)} nats")
+            f"held out {len(held):,} above {easy.value} nats")
     if documents[TRAIN] and not len(train):
-        raise ValueError(f"no position is left to ask about\n{text}")
+        raise ValueError("no position is left to ask about; lower --filter-value or --min-context, "
+                         f"or use --region all\n{text}")
     return train, held, text
 
 
 def corpus_entropy(proxy: Proxy, corpus: Corpus) -> np.ndarray:
-    """Entropy of each token of the corpus under the proxy: float32, nats, aligned with its tokens.
+    """Entropy of each token of the corpus under the proxy: float32, nats, aligned with its tokens;
+    nan where no token precedes.
 
     Measured once for all runs: the file in the proxy's cache is named by the content of what
-    matters. ValueError if the proxy's ids mean something else.
+    matters. What it lacks is measured by whoever holds its lock, the others wait. ValueError if the
+    proxy's ids mean something else.
     """
-    directory = resolve(proxy.model)
-    check_same_tokens(corpus.tokenizer, Tokenizer.from_dir(directory), directory)
     longest = min(proxy.window, int(np.diff(corpus.starts).max())) + len(corpus.tokenizer.bos)
-    check_length(read_config(directory), longest, f"{directory}: a window of the corpus")
-    name = all_gather(rank_and_world()[0] == 0 and fingerprint(
+    directory, tokenizer = find_model(proxy.model, longest)
+    check_same_tokens(corpus.tokenizer, tokenizer, directory)
+    name = fingerprint(
         *sorted(directory.glob("*.safetensors")), directory / "config.json", corpus.fingerprint,
-        corpus.tokenizer.bos, proxy.window, proxy.dtype))[0]
-    return measure_entropy(lambda: load_pretrained(directory, proxy.device, proxy.dtype), corpus,
-                           proxy.cache / f"entropy-{name}.f32", proxy.window)
-
-
-def measure_entropy(load: Callable[[], Transformer], corpus: Corpus, file: Path,
-                    window: int) -> np.ndarray:
-    """The entropies in `file`, which is measured first if it is not there or of a wrong length.
-
-    One process holds the lock, and looks only then. What it measures is written beside the file, in
-    the order of the corpus, so an interrupted pass goes on where it was, and it takes the file's
-    name when it is complete. nan where no token precedes.
-    """
-    first, part = rank_and_world()[0] == 0, file.with_suffix(".part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "a") as lock:
-        while not all_gather(not first or locked(lock))[0]:  # nobody waits longer than a second
+        corpus.tokenizer.bos, proxy.window, proxy.dtype)
+    rank, file = rank_and_world()[0], proxy.cache / f"entropy-{name}.f32"
+    proxy.cache.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab") as out:
+        while not all_gather(rank > 0 or locked(out))[0]:  # nobody waits longer than a second
             time.sleep(1)
-        there = first and file.exists() and file.stat().st_size == 4 * len(corpus.tokens)
-        if not all_gather(there)[0]:
-            entropy_pass(load(), corpus, part, window)
-            if first:
-                part.rename(file)
-            all_gather(None)
-    return np.memmap(file, np.float32, mode="r")
+        done = all_gather(file.stat().st_size // 4)[0]
+        if done < len(corpus.tokens):
+            model = load_pretrained(directory, proxy.device, proxy.dtype)
+            entropy_pass(model, corpus, out, done, proxy.window)
+        all_gather(None)
+    return np.memmap(file, np.float32, mode="r", shape=len(corpus.tokens))
 
 
-def locked(lock: TextIO) -> bool:
+def find_model(name: str | Path, tokens: int) -> tuple[Path, Tokenizer]:
+    """The directory and the tokenizer of a model, by its directory or hub id. ValueError if it
+    cannot be used for texts of so many tokens."""
+    directory = resolve(name)
+    config, tokenizer = read_config(directory), Tokenizer.from_dir(directory)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"{directory}: prompt and response have up to {tokens:,} tokens, but the "
+                         f"model only {config.max_position_embeddings:,} positions; lower "
+                         "--max-prompt or --max-response")
+    return directory, tokenizer
+
+
+def locked(file: BinaryIO) -> bool:
     """Takes the lock on an open file unless somebody has it; closing the file gives it back."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def entropy_pass(model: Transformer, corpus: Corpus, part: Path, window: int) -> None:
-    """Writes the entropies that `part` lacks, some windows at a time: the same ones after an
-    interruption, so that they round alike."""
-    done = all_gather(part.stat().st_size // 4 if part.exists() else 0)[0]
-    done = done if done <= len(corpus.tokens) else 0
+def entropy_pass(model: Transformer, corpus: Corpus, out: BinaryIO, done: int, window: int) -> None:
+    """Appends what stands behind the first `done` entropies, in the order of the corpus, some
+    windows at a time: the same ones after an interruption, so that they round alike."""
     (rank, world), every = rank_and_world(), windows(corpus, range(len(corpus.starts) - 1), window)
     with tqdm(total=len(corpus.tokens), initial=done, unit="tok", unit_scale=True, desc="entropy",
               disable=rank > 0) as bar:
         while pieces := list(islice(every, PART_WINDOWS * world)):
             if pieces[-1].end <= done:
                 continue
-            values = window_values(model, corpus, pieces, next_token_entropy, bar)
+            values = window_values(model, corpus, pieces, next_token_entropy)
             if rank == 0:
-                with open(part, "r+b" if part.exists() else "wb") as out:
-                    out.seek(4 * pieces[0].want)
-                    out.write(np.concatenate(values).tobytes())
-                    out.truncate()  # nothing stands behind what was measured
-                    os.fsync(out.fileno())
+                out.truncate(4 * pieces[0].want)
+                out.write(np.concatenate(values).tobytes())
+                out.flush()
+                os.fsync(out.fileno())
             bar.update(pieces[-1].end - bar.n)
 
 
@@ -167,62 +166,52 @@ def windows(corpus: Corpus, documents: Sequence[int], window: int) -> Iterator[W
 
 
 @torch.no_grad()
-def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window], measure: Callable,
-                  bar: tqdm | None = None) -> list[np.ndarray]:
+def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window],
+                  measure: Callable) -> list[np.ndarray]:
     """A figure of each wanted token of each window, float32; nan where no token precedes.
 
-    measure(model, ids [B, T]) -> [B, T] says it of the token *after* each. Every process computes
-    its share and gets all.
+    measure(model, ids [B, T]) says it of the token *after* each. Every process computes its share,
+    windows of like length together, and gets all.
     """
-    (rank, world), mine = rank_and_world(), {}
-    own = range(len(pieces))[rank::world]
-    for batch in batches({n: pieces[n].end - pieces[n].begin for n in own}):
-        ids = [corpus.tokens[pieces[n].begin: pieces[n].end].tolist() for n in batch]
-        bos = [[] if corpus.is_chat[pieces[n].document] else corpus.tokenizer.bos for n in batch]
-        padded = pad([[*b, *i] for b, i in zip(bos, ids)], model.head.device)
-        rows = measure(model, padded).float().cpu().numpy()
-        rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=np.nan)  # of the token at, not after
-        for n, b, i, row in zip(batch, bos, ids, rows):
-            mine[n] = row[len(b):][pieces[n].want - pieces[n].begin: len(i)]
-            if bar is not None:
-                bar.update(world * len(mine[n]))
-    values = {n: row for share in all_gather(mine) for n, row in share.items()}
-    return [values[n] for n in range(len(pieces))]
-
-
-def batches(lengths: dict[int, int]) -> Iterator[list[int]]:
-    """Keys of like length, longest first, in batches of at most BATCH_TOKENS padded tokens."""
-    order = sorted(lengths, key=lambda n: -lengths[n])
+    (rank, world), texts = rank_and_world(), []
+    mine = pieces[rank::world]
+    for piece in mine:
+        bos = [] if corpus.is_chat[piece.document] else corpus.tokenizer.bos
+        texts.append([*bos, *corpus.tokens[piece.begin: piece.end].tolist()])
+    values: list = [None] * len(mine)
+    order = sorted(range(len(mine)), key=lambda n: -len(texts[n]))
     while order:
-        size = max(1, BATCH_TOKENS // max(lengths[order[0]], 1))
-        yield order[:size]
-        order = order[size:]
+        size = max(1, BATCH_TOKENS // len(texts[order[0]]))
+        batch, order = order[:size], order[size:]
+        ids = pad([texts[n] for n in batch], model.head.device)
+        for n, row in zip(batch, measure(model, ids).cpu().numpy()):
+            of_token = np.append(np.float32(math.nan), row)[: len(texts[n])]
+            values[n] = of_token[mine[n].want - mine[n].end:]
+    return gathered(values)
 
 
-def next_token_entropy(model: Transformer, ids: Tensor, top_k: int = 16) -> Tensor:
+def gathered(mine: list) -> list:
+    """What all processes have computed of things that were dealt to them in turn, in order."""
+    shares = all_gather(mine)
+    return [x for row in zip_longest(*shares) for x in row][: sum(map(len, shares))]
+
+
+def next_token_entropy(model: Transformer, ids: Tensor) -> Tensor:
     """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
 
-    Over the model's `top_k` most probable tokens, renormalised; of a uniform top 16 it is
-    ln 16 = 2.77. The head is applied to 512 positions at a time: with 152 thousand tokens those
-    logits already take 300 MB.
+    Over the model's 16 most probable tokens, renormalised; where they are equal it is ln 16 = 2.77.
+    The head is applied to 512 positions at a time: with 152 thousand tokens those logits already
+    take 300 MB.
     """
-    top_k, hidden = min(top_k, model.config.vocab_size), model(ids).flatten(0, 1)
-    logits = torch.cat([model.logits(h).topk(top_k).values for h in hidden.split(512)])
+    hidden = model(ids).flatten(0, 1)
+    logits = torch.cat([model.logits(h).topk(16).values for h in hidden.split(512)])
     return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
 
 
 def next_token_loss(model: Transformer, ids: Tensor) -> Tensor:
-    """ids [B, T] -> [B, T]: -log P in nats of the token after each position; 0 after the last."""
+    """ids [B, T] -> [B, T - 1]: -log P in nats of the token after each position but the last."""
     logprobs, _ = token_logprobs(model, model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    return torch.nn.functional.pad(-logprobs.view(len(ids), -1), (0, 1))
-
-
-def check_length(config: ModelConfig, tokens: int, what: str) -> None:
-    """ValueError if a model has fewer positions than it would be given tokens."""
-    if tokens > config.max_position_embeddings:
-        raise ValueError(f"{what} has up to {tokens:,} tokens, but the model only "
-                         f"{config.max_position_embeddings:,} positions; lower --max-prompt or "
-                         "--max-response")
+    return -logprobs.view(ids[:, 1:].shape)
 
 
 # ---------------------------------------------------------------------------------- measurements
@@ -235,46 +224,24 @@ def subset(questions: Sequence[Question], count: int, seed: int) -> list[Questio
 
 
 def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samples: int = 1,
-             seed: int = 0, out: TextIO | None = None, progress: bool = False) -> list[dict]:
-    """One record a question: whether standard prediction is right, where there is a next token, and
-    what `samples` reasoned responses say, sampled at the method's temperature.
-
-    Every process calls it and gets all records. They are also written to `out`, a JSON line each,
-    as they come: whenever each process has decoded four times `max_rows` responses.
-    """
-    (rank, world), records = rank_and_world(), []
-    some = max(1, 4 * method.max_rows // samples) * world
-    with unsharded(policy.model):
-        for begin in range(0, len(questions), some):
-            numbers = range(begin, min(begin + some, len(questions)))
-            mine = records_of(policy, {n: questions[n] for n in numbers[rank::world]}, method,
-                              samples, seed, progress and rank == 0)
-            found = {record["question"]: record for share in all_gather(mine) for record in share}
-            records += [found[n] for n in numbers]
-            if out and rank == 0:
-                write_records(records[begin:], out)
-    return records
-
-
-def write_records(records: Sequence[dict], out: TextIO) -> None:
-    """Appends JSON lines."""
-    out.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    out.flush()
-
-
-def records_of(policy: Policy, questions: dict[int, Question], method: Method, samples: int,
-               seed: int, progress: bool) -> list[dict]:
-    """The records of questions by number, which decides with the seed what is sampled."""
-    tokenizer, records = policy.tokenizer, []
+             seed: int = 0) -> list[dict]:
+    """One record a question: whether standard prediction is right, where the text or the options
+    say what could follow, and what `samples` reasoned responses say, sampled at the method's
+    temperature. Every process calls it and gets all records."""
+    (rank, world), tokenizer, records = rank_and_world(), policy.tokenizer, []
+    numbers = range(rank, len(questions), world)  # they decide with the seed what is sampled
+    asked = [questions[n] for n in numbers]
     prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt)
-               for question in questions.values()]
-    groups = generate(
-        policy.model, prompts, keys=[1 << 60 | n for n in questions], progress=progress,
-        samples=samples, max_new_tokens=method.max_response, temperature=method.temperature,
-        eos_ids=tokenizer.eos_ids, seed=seed, max_rows=method.max_rows,
-        cache_tokens=method.cache_tokens or None)
-    standard = standard_predictions(policy, questions.values(), method.max_prompt)
-    for (n, question), group, token in zip(questions.items(), groups, standard):
+               for question in asked]
+    with unsharded(policy.model):
+        groups = generate(
+            policy.model, prompts, keys=[1 << 60 | n for n in numbers], samples=samples, seed=seed,
+            max_new_tokens=method.max_response, temperature=method.temperature,
+            eos_ids=tokenizer.eos_ids, max_rows=method.max_rows,
+            cache_tokens=method.cache_tokens or None, progress=rank == 0)
+        standard = [standard_prediction(policy, question, method.max_prompt)
+                    if question.truth else None for question in asked]
+    for n, question, group, token in zip(numbers, asked, groups, standard):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
         record = {"question": n, "document": question.document, "position": question.position,
@@ -282,39 +249,20 @@ def records_of(policy: Policy, questions: dict[int, Question], method: Method, s
                   "reasoning": [score(prediction, question) for prediction in said],
                   "vote": score(majority_vote(said), question),
                   "parsed": [float(prediction is not None) for prediction in said],
-                  "length": [len(c.ids) for c in group], "responses": list(map(text, responses))}
-        if question.answer is None:
+                  "length": [len(c.ids) for c in group],
+                  "predictions": [p if p is None else text(p) for p in said],
+                  "responses": list(map(text, responses))}
+        if token is not None:
             record["standard"] = score(token, question)
         if math.isfinite(question.entropy):
             record["entropy"] = question.entropy
         records.append(record)
-    return records
+    return gathered(records)
 
 
 def text(content: bytes) -> str:
     """Bytes as JSON can hold them."""
     return content.decode(errors="backslashreplace")
-
-
-def standard_predictions(policy: Policy, questions: Sequence[Question], window: int) -> list[bytes]:
-    """Plain next-token prediction (argmax) at each question: the bytes of the predicted token.
-
-    A context beyond `window` tokens loses its beginning, as a prompt's does.
-    """
-    contexts = [[*policy.tokenizer.bos, *question.context[-window:]] for question in questions]
-    return list(map(policy.tokenizer.token_bytes, likeliest(policy.model, contexts)))
-
-
-@torch.no_grad()
-def likeliest(model: Transformer, contexts: Sequence[Sequence[int]],
-              allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
-    """The likeliest token after each context; of those that it allows, if so, the index."""
-    found = [0] * len(contexts)
-    for batch in batches({n: len(context) for n, context in enumerate(contexts)}):
-        logits = model.logits(last_hidden(model, [contexts[n] for n in batch]))
-        for n, row in zip(batch, logits):
-            found[n] = int((row if allowed is None else row[allowed[n]]).argmax())
-    return found
 
 
 def score(prediction: bytes | None, question: Question) -> float:
@@ -325,6 +273,25 @@ def score(prediction: bytes | None, question: Question) -> float:
     return prefix_match(prediction, question.truth)
 
 
+@torch.no_grad()
+def next_token_logits(policy: Policy, question: Question, window: int) -> Tensor:
+    """Logits [V] of plain next-token prediction at a question. A context beyond `window` tokens
+    loses its beginning, as a prompt's does."""
+    context = [*policy.tokenizer.bos, *question.context[-window:]]
+    if isinstance(question, Choice):
+        context = question.plain
+    return policy.model.logits(last_hidden(policy.model, [context]))[0]
+
+
+def standard_prediction(policy: Policy, question: Question, window: int) -> bytes:
+    """The bytes of the token that plain next-token prediction finds likeliest, of a multiple choice
+    the letter."""
+    logits = next_token_logits(policy, question, window)
+    letters = question.letters if isinstance(question, Choice) else ()
+    token = max(letters, key=logits.__getitem__) if letters else int(logits.argmax())
+    return policy.tokenizer.token_bytes(token)
+
+
 def answer_questions(file: str, tokenizer: Tokenizer) -> list[Question]:
     """Problem and answer rows, such as GSM8K's, as questions, none without a file; a ValueError for
     a row without answer."""
@@ -332,70 +299,77 @@ def answer_questions(file: str, tokenizer: Tokenizer) -> list[Question]:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A multiple-choice question."""
+class Choice(Question):
+    """A multiple-choice question with its options, a line each: (A) ... The answer is a letter,
+    zero-shot as in the paper's table 3; the truth what stands behind "Answer:" without a thought.
+    """
 
-    question: str
-    options: tuple[str, ...]
-    answer: int  # index of the right option
-
-    @property
-    def prompt(self) -> str:
-        """The question and its options, a line each: (A) ..."""
-        lines = [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, self.options)]
-        return "\n".join([self.question, *lines])
+    plain: Sequence[int] = ()  # ids of the question up to that letter
+    letters: Sequence[int] = ()  # the id of each option's
 
 
-def read_choices(file: str) -> list[Choice]:
+def read_choices(file: str, tokenizer: Tokenizer) -> list[Choice]:
     """JSON lines in MMLU-Pro's format: question, options, answer_index; none without a file. A
     ValueError names file and line."""
+    letters = [tokenizer.encode_inside(f" {letter}") for letter in ascii_uppercase]
+    before, last = letters[0][:-1], [ids[-1] for ids in letters]  # before: the same for all
     choices = []
     for row, where in file_rows(Path(file)) if file else ():
-        row = row if isinstance(row, dict) else {}
-        question, options, answer = map(row.get, ("question", "options", "answer_index"))
-        if not (isinstance(question, str) and isinstance(options, list) and type(answer) is int
-                and 0 <= answer < len(options) <= len(ascii_uppercase)):
-            raise ValueError(f"{where}: expected question, options (at most 26) and answer_index")
-        choices.append(Choice(question, tuple(map(str, options)), answer))
+        match row:
+            case {"question": str(text), "options": list(options), "answer_index": int(answer)} if (
+                    0 <= answer < len(options) <= len(letters)):
+                pass
+            case _:
+                raise ValueError(f"{where}: expected question, options (at most 26) and "
+                                 "answer_index")
+        for letter, option in zip(ascii_uppercase, options):
+            text += f"\n({letter}) {option}"
+        plain = [*tokenizer.bos, *tokenizer.encode(text + "\nAnswer:"), *before]
+        choices.append(Choice(
+            tuple(tokenizer.encode(text)), (tokenizer.token_bytes(last[answer]),), len(choices), 0,
+            answer=ascii_uppercase[answer], plain=plain, letters=last[: len(options)]))
     return choices
 
 
-def multiple_choice(policy: Policy, choices: Sequence[Choice], method: Method, samples: int = 1,
-                    seed: int = 0, out: TextIO | None = None,
-                    progress: bool = False) -> list[dict]:
-    """Zero-shot (paper, table 3): `standard`, the likeliest letter behind "Answer:"; `reasoning`,
-    the boxed letter. Records as of `evaluate`."""
-    tokenizer = policy.tokenizer
-    letters = [tokenizer.encode_inside(f" {letter}") for letter in ascii_uppercase]
-    last = [ids[-1] for ids in letters]  # what comes before it, if anything, is the same for all
-    prompts = [tokenizer.bos + tokenizer.encode(choice.prompt + "\nAnswer:") + letters[0][:-1]
-               for choice in choices]
-    with unsharded(policy.model):
-        found = likeliest(policy.model, prompts, [last[: len(c.options)] for c in choices])
-    questions = [Question(tuple(tokenizer.encode(choice.prompt)), (), n, 0,
-                          answer=ascii_uppercase[choice.answer])
-                 for n, choice in enumerate(choices)]
-    records = evaluate(policy, questions, replace(method, template="plain"), samples, seed,
-                       progress=progress)
-    for record, choice, option in zip(records, choices, found):
-        record["standard"] = float(option == choice.answer)
-    if out and rank_and_world()[0] == 0:
-        write_records(records, out)
-    return records
+def ask(policy: Policy, context: str, method: Method, samples: int, seed: int) -> str:
+    """What a model says of how a context goes on, to be read: each thought and what it boxed, the
+    votes, and beside them the likeliest tokens of plain next-token prediction."""
+    question, lines = Question(tuple(policy.tokenizer.encode(context)), (), 0, 0), []
+    (record,) = evaluate(policy, [question], method, samples, seed)
+    thoughts = zip(record["responses"], record["predictions"])
+    for n, (response, prediction) in enumerate(thoughts, 1):
+        thought = response.partition("</think>")[0].strip()
+        thought = re.sub("(.{1000}).+(.{1000})", r"\1 [...] \2", thought, flags=re.DOTALL)
+        lines += [f"{n}. {thought}", f"   boxed {prediction!r}"]
+    likely = next_token_logits(policy, question, method.max_prompt).softmax(-1).topk(8)
+    left = [f"{count} x {prediction!r}" for prediction, count in votes(record["predictions"])]
+    right = [f"{share:.4f} {text(policy.tokenizer.token_bytes(token))!r}"
+             for share, token in zip(likely.values.tolist(), likely.indices.tolist())]
+    for vote, token in zip_longest(["votes", *left], ["plain next token", *right], fillvalue=""):
+        lines.append(f"{vote:40}{token}")
+    return "\n".join(lines)
 
 
-def perplexity(model: Transformer, corpus: Corpus, window: int,
-               split: int = HELD_OUT) -> list[float | None]:
-    """[mean, low, high] of exp(mean of -log P(token | what precedes)) over a split's tokens, of a
+def typed_lines() -> Iterator[str]:
+    """What is typed, or else what standard input holds, line by line until its end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            if line := input(prompt):
+                yield line
+
+
+def perplexity(model: Transformer, corpus: Corpus, window: int) -> list[float | None]:
+    """[mean, low, high] of exp(mean of -log P(token | what precedes)) over held-out tokens, of a
     prompt and response the response's, read as in the entropy pass. The interval is over
     documents. ValueError if there is none."""
-    pieces = list(windows(corpus, np.flatnonzero(corpus.split == split), window))
+    pieces = list(windows(corpus, np.flatnonzero(corpus.split == HELD_OUT), window))
     with unsharded(model):
         found = window_values(model, corpus, pieces, next_token_loss)
+    first = np.where(corpus.is_chat, corpus.regions, 0)
     values, documents = [], []
     for piece, losses in zip(pieces, found):
-        first = corpus.regions[piece.document] if corpus.is_chat[piece.document] else 0
-        losses = losses[max(first - piece.want, 0):]
+        losses = losses[max(first[piece.document] - piece.want, 0):]
         values += losses[np.isfinite(losses)].tolist()  # not of a first token
         documents += [piece.document] * (len(values) - len(documents))
     return [x if x is None else math.exp(x) for x in bootstrap_interval(values, documents)]
@@ -407,15 +381,15 @@ def perplexity(model: Transformer, corpus: Corpus, window: int,
 def summary(records: Sequence[dict]) -> dict:
     """By split its number of questions and [mean, low, high] of each measure over them, intervals
     over documents. Questions without an entropy are one split, "all"."""
-    plain = all("entropy" in record for record in records)
+    splits = SPLITS if any("entropy" in record for record in records) else {"all": -1.0}
     out = {}
-    for split, threshold in (SPLITS if plain else {"all": 0.0}).items():
-        chosen = [r for r in records if not plain or r["entropy"] > threshold]
+    for split, nats in splits.items():
+        chosen = [record for record in records if record.get("entropy", 0.0) > nats]
         documents = [record["document"] for record in chosen]
         measured = list(map(measures, chosen))
-        out[split] = {"questions": len(chosen)} | {
-            name: bootstrap_interval([m[name] for m in measured], documents)
-            for name in (measured[0] if measured else ())}
+        out[split] = {"questions": len(chosen)}
+        for name in measured[0] if measured else ():
+            out[split][name] = bootstrap_interval([m[name] for m in measured], documents)
     return out
 
 
@@ -424,28 +398,22 @@ def measures(record: dict) -> dict[str, float]:
     names = ("standard", "reasoning", "parsed", "length")
     out = {name: float(np.mean(record[name])) for name in names if name in record}
     if (samples := len(record["reasoning"])) > 1:
-        right = int(sum(record["reasoning"]))
-        out |= {"majority vote": record["vote"],
-                f"pass@{samples}": pass_at_k(right, samples, samples)}
+        out |= {"majority vote": record["vote"], f"pass@{samples}": max(record["reasoning"])}
     return out
 
 
 def table(models: dict[str, dict], title: str = "accuracy") -> str:
     """The form of the paper's tables for summaries by model name."""
     splits = next(iter(models.values()))
-    lines = [f"{title} in %, length in tokens, with 95 % intervals",
-             row("", [f"{split} ({of['questions']})" for split, of in splits.items()])]
-    for measure in dict.fromkeys(name for of in splits.values() for name in of):
-        for model, of in models.items() if measure != "questions" else ():
-            factor = 1 if measure == "length" else 100
+    rows = [["", *(f"{split} ({of['questions']})" for split, of in splits.items())]]
+    _, *names = next(iter(splits.values()))  # the first split holds the others
+    for measure in names:
+        factor = 1 if measure == "length" else 100
+        for model, of in models.items():
             cells = [shown(each.get(measure), factor) for each in of.values()]
-            lines.append(row(f"{model}, {measure}", cells))
-    return "\n".join(lines)
-
-
-def row(name: str, cells: Sequence[str]) -> str:
-    """A line of a table."""
-    return f"{name:26}" + "".join(f"{cell:>22}" for cell in cells)
+            rows.append([f"{model}, {measure}", *cells])
+    lines = [f"{name:26}" + "".join(f"{cell:>22}" for cell in cells) for name, *cells in rows]
+    return "\n".join([f"{title} in %, length in tokens, with 95 % intervals", *lines])
 
 
 def shown(interval: Sequence[float | None] | None, factor: float) -> str:
@@ -461,51 +429,45 @@ def growth(folder: Path) -> str:
     some = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
     lines = [f"{key:>10}" + "".join(f"{row.get(key, math.nan):8.4g}" for row in some)
              for key in ("step", "reward", "length")]
-    for exam in [name for name in (evals[0] if evals else ()) if name != "step"]:
-        sat = [row for row in evals if exam in row]
-        lines.append(table({f"step {row['step']}": row[exam] for row in (sat[0], sat[-1])}, exam))
+    for exam in evals[0] if evals else ():
+        if exam in evals[-1] and exam != "step":
+            sat = {f"step {row['step']}": row[exam] for row in (evals[0], evals[-1])}
+            lines.append(table(sat, exam))
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ statistics
 
 
-def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], level: float = 0.95,
-                       resamples: int = 2000,
+def bootstrap_interval(values: Sequence[float], clusters: Sequence[int], resamples: int = 2000,
                        seed: int = 0) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of `values` [N] by the percentile bootstrap over whole clusters [N].
+    """(mean, low, high) of `values` [N] by the 95 % percentile bootstrap over whole clusters [N].
 
     Positions of one document are not independent, so documents are what is drawn with replacement.
     Every value weighs the same: a resample's mean is its sum of values over its number of values.
     One cluster shows no spread: (mean, None, None). ValueError for no values, or unequal lengths.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values) or len(values) != len(clusters):
-        raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels; give one or "
-                         "more values, and one label for each")
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)  # [N]
+    if not len(values):
+        raise ValueError("nothing was measured: an interval needs one or more values")
+    _, member = np.unique(clusters, return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [K], [K]
-    mean, draws = float(values.mean()), len(counts)
+    mean, draws = float(np.mean(values)), len(counts)
     if draws == 1:
         return mean, None, None
     drawn = np.random.default_rng(seed).multinomial(draws, [1 / draws] * draws, size=resamples)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
     return mean, float(low), float(high)
 
 
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Chance that k of `samples` completions, drawn without replacement, hold a correct one
-    (arXiv 2107.03374). ValueError unless 1 <= k <= samples and 0 <= correct <= samples."""
-    if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError("pass@k needs 1 <= k <= samples and 0 <= correct <= samples, "
-                         f"but got k={k}, correct={correct}, samples={samples}")
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+def votes(predictions: Sequence) -> list[tuple]:
+    """Each distinct prediction and how often it was made, the most frequent first, of equals the
+    first seen. None does not vote."""
+    return Counter(each for each in predictions if each is not None).most_common()
 
 
 def majority_vote(predictions: Sequence[bytes | None]) -> bytes | None:
-    """The most frequent prediction; of equals the first seen. None does not vote."""
-    votes = Counter(prediction for prediction in predictions if prediction is not None)
-    return max(votes, key=votes.__getitem__, default=None)  # a Counter keeps the order
+    """The most frequent prediction; of equals the first seen."""
+    return next((prediction for prediction, _ in votes(predictions)), None)
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -536,12 +498,17 @@ class Asked:
 class Measure(Asked):
     """What is measured on a model, beside the method."""
 
+    ask: str = option(None, "what comes next in this text: each thought, what it boxes, the votes, "
+                            "and plain next-token prediction; without a text of every line that is "
+                            "typed", nargs="?", const="")
     perplexity: bool = option(False, "perplexity of the held-out documents instead")
     questions: int = option(500, "questions that are asked", at_least=1)
-    samples: int = option(1, "responses to each; above 1 also pass@k and majority", at_least=1)
+    samples: int = option(1, "responses to each, with --ask 8; above 1 also pass@k and majority",
+                          at_least=1)
     out: str = option("", "file for the records, a JSON line each")
 
 
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 METHOD = [field for field in fields(Method) if field.name in (
     "template", "temperature", "max_prompt", "max_response", "max_rows", "cache_tokens")]
 OF_RUN = ("corpus", "proxy", "region", "min_context", "max_context", "seed", "dtype", "cache",
@@ -554,12 +521,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
     add_options(parser, [*fields(Measure), *METHOD], {})
-    folder = Path(parser.parse_args(argv).directory)
+    args = parser.parse_args(argv)
+    folder = Path(args.directory)
     try:
         run = read_run(folder) if (folder / "run.json").is_file() else {}
         parser.set_defaults(**{name: run[name] for name in OF_RUN if run})
+        if args.ask is not None:
+            parser.set_defaults(samples=8)
         args = parser.parse_args(argv)
-        print(measured(folder, run, options_of(Measure, args), options_of(Method, args)))
+        for text in measured(folder, run, options_of(Measure, args), options_of(Method, args)):
+            print(text, flush=True)
     except KeyboardInterrupt:
         sys.exit("eval.py: interrupted; entropies that are there are not measured again")
     except (ValueError, OSError) as error:
@@ -570,9 +541,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def add_options(parser, described: Sequence[Field], defaults: dict) -> None:
     """A command-line option for each field that was made by `option`. parser: or a group of it."""
     for field in described:
-        how = dict(type=field.type, choices=field.metadata.get("choices"))
+        how = {key: value for key, value in field.metadata.items() if key not in (*LIMITS, "help")}
         if field.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = field.type
         parser.add_argument("--" + field.name.replace("_", "-"),
                             default=defaults.get(field.name, field.default),
                             help=f"{field.metadata['help']} (%(default)r)", **how)
@@ -583,13 +556,10 @@ def options_of(kind: type, args: argparse.Namespace):
     options = kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.name in args})
     for field in fields(kind):
         value, limits = getattr(options, field.name), field.metadata
-        kept = {"at_least": lambda limit: value >= limit, "above": lambda limit: value > limit,
-                "at_most": lambda limit: value <= limit}
-        broken = [f"{name.replace('_', ' ')} {limits[name]}" for name, holds in kept.items()
-                  if name in limits and not holds(limits[name])]
-        if broken or field.type is float and not math.isfinite(value):
-            raise ValueError(f"--{field.name.replace('_', '-')} {value}: must be "
-                             f"{' and '.join(broken) or 'a finite number'}")
+        for name, holds in LIMITS.items():
+            if name in limits and not (holds(value, limits[name]) and math.isfinite(value)):
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}: must be "
+                                 f"{name.replace('_', ' ')} {limits[name]} and finite")
     return options
 
 
@@ -600,47 +570,53 @@ def read_run(folder: Path) -> dict:
         if run[name] and (folder / run[name]).exists():
             run[name] = str(folder / run[name])
     return run | {"proxy": run["proxy"] or run["model"],
-                  "cache": run["cache"] or str(folder.parent / "cache")}
+                  "cache": run["cache"] or folder.parent / "cache"}
 
 
-def measured(folder: Path, run: dict, options: Measure, method: Method) -> str:
-    """Evaluates a model, or that of a run on what it was not trained on; the result as text."""
+def measured(folder: Path, run: dict, options: Measure, method: Method) -> Iterator[str]:
+    """What is measured on a model, or on that of a run from what it was not trained on, as text."""
     if options.out:
         open(options.out, "a").close()  # a bad place is found before the work
-    source = resolve(folder / "model" if run else folder)
-    config, tokenizer = read_config(source), Tokenizer.from_dir(source)
-    check_vocabulary(tokenizer, config.vocab_size, source)
-    check_length(config, method.max_prompt + method.max_response, f"{source}: prompt and response")
+    needed = method.max_prompt + method.max_response
+    source, tokenizer = find_model(folder / "model" if run else folder, needed)
     how = choose_device(options.device), DTYPES[options.dtype]
     cache = Path(options.cache or "runs/cache")
-    ask, title = evaluate, "questions with answers"
+    # of a run never others: it was trained on them
+    split = run.get("holdout", options.holdout), run.get("seed", options.seed)
+    if options.ask is not None:
+        policy = Policy(load_pretrained(source, *how), tokenizer)
+        for text in [options.ask] if options.ask else typed_lines():
+            yield ask(policy, text, method, options.samples, options.seed)
+        return
+    if options.choices or options.answers:
+        method = replace(method, template="plain")
     if options.choices:
-        ask, title, questions = multiple_choice, "multiple choice", read_choices(options.choices)
+        questions = read_choices(options.choices, tokenizer)
     elif options.answers:
         questions = answer_questions(options.answers, tokenizer)
-        method = replace(method, template="plain")
     elif not options.corpus:
         raise ValueError("--corpus is missing: a file or folder of .jsonl or .txt, or a hub id")
     elif run.get("stage") == "rlvr":
-        train, questions, _ = answer_sets(options.corpus, tokenizer, run["holdout"], run["seed"])
+        train, questions, _ = answer_sets(options.corpus, tokenizer, *split)
         check_corpus(run, fingerprint(*((q.context, q.answer) for q in (*train, *questions))))
     else:
-        corpus = load_corpus(options.corpus, tokenizer, cache,
-                             # of a run never others: it was trained on them
-                             run.get("holdout", options.holdout), run.get("seed", options.seed))
+        corpus = load_corpus(options.corpus, tokenizer, cache, *split)
         check_corpus(run, corpus.fingerprint)
         if options.perplexity:
             found = perplexity(load_pretrained(source, *how), corpus, method.max_prompt)
-            return f"{folder.name}: perplexity of held-out documents {found}"
+            yield f"{folder.name}: perplexity of held-out documents {found}"
+            return
         proxy = Proxy(options.proxy or source, cache, method.max_prompt, *how)
         where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
                                region=options.region)
-        title, (_, questions, _) = "next-token accuracy", question_sets(corpus, proxy, where)
+        _, questions, _ = question_sets(corpus, proxy, where)
     policy = Policy(load_pretrained(source, *how), tokenizer)
     questions = subset(questions, options.questions, options.seed)
-    with open(options.out or os.devnull, "w") as out:
-        records = ask(policy, questions, method, options.samples, options.seed, out, progress=True)
-    return table({folder.name: summary(records)}, title)
+    records = evaluate(policy, questions, method, options.samples, options.seed)
+    if options.out:
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        Path(options.out).write_text("".join(lines))
+    yield table({folder.name: summary(records)})
 
 
 def check_corpus(run: dict, fingerprint: str) -> None:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import rpt
-from data import PositionFilter, Question, Tokenizer, check_vocabulary, fingerprint
+from data import PositionFilter, Question, Tokenizer, fingerprint
 from model import (DTYPES, Transformer, all_gather, all_sum, choose_device, forward_flops,
                    load_weights, rank_and_world, read_config, read_json, resolve, save_pretrained)
 from reward import REWARDS, extract_prediction
@@ -169,15 +169,13 @@ class Setup:
 
 def prepare(run: Run, method: Method) -> Setup:
     """Finds the model and checks what can be checked before anything is written."""
-    device, source = choose_device(run.device), resolve(run.model)
-    config, tokenizer = read_config(source), Tokenizer.from_dir(source)
-    check_vocabulary(tokenizer, config.vocab_size, source)
+    device = choose_device(run.device)
     needed = method.max_prompt + (0 if run.stage == "ntp" else method.max_response)
-    evaluation.check_length(config, needed, f"{source}: --max-prompt and --max-response")
+    source, tokenizer = evaluation.find_model(run.model, needed)
     if run.stage != "ntp":
         data.prompt_ids(tokenizer, Question((), (), 0, 0), method.template, method.max_prompt)
     evaluation.answer_questions(run.answers, tokenizer)  # read again when they are asked
-    evaluation.read_choices(run.choices)
+    evaluation.read_choices(run.choices, tokenizer)
     out = Path(run.out).absolute()
     place = next(folder for folder in (out, *out.parents) if folder.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -739,17 +737,16 @@ class Exams:
         self.run, count = setup.run, setup.run.eval_questions
         plain = dataclasses.replace(setup.method, template="plain")
         answers = evaluation.answer_questions(self.run.answers, setup.tokenizer)
-        choices = evaluation.read_choices(self.run.choices)
-        self.exams = {"held-out": (evaluation.evaluate, held, setup.method),
-                      "answers": (evaluation.evaluate, answers[:count], plain),
-                      "choices": (evaluation.multiple_choice, choices[:count], plain)}
+        choices = evaluation.read_choices(self.run.choices, setup.tokenizer)
+        self.exams = {"held-out": (held, setup.method), "answers": (answers[:count], plain),
+                      "choices": (choices[:count], plain)}
 
     def sit(self, policy: Policy, step: int) -> dict | None:
         """A row of evals.jsonl: a summary by exam."""
         summaries = {}
-        for name, (measure, questions, method) in self.exams.items():
+        for name, (questions, method) in self.exams.items():
             if len(questions) and (name == "held-out" or step in (0, self.run.steps)):
-                records = measure(policy, questions, method, seed=self.run.seed, progress=True)
+                records = evaluation.evaluate(policy, questions, method, seed=self.run.seed)
                 summaries[name] = evaluation.summary(records)
         return {"step": step} | summaries if summaries else None
 

@@ -36,7 +36,7 @@ import eval as evaluation  # noqa: E402
 import rpt  # noqa: E402
 from model import ModelConfig, PrefixCache, Transformer, read_config  # noqa: E402
 from rpt import Group, Method, Response, accumulate, token_logprobs  # noqa: E402
-from sampler import Batch, Completion, Job, Sampling, generate, last_hidden, pad  # noqa: E402
+from sampler import Batch, Completion, Job, Sampling, generate, last_hidden  # noqa: E402
 from tests.rivals import in_transformers, trl_steps, trl_trainer, versions  # noqa: E402
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
@@ -453,15 +453,15 @@ def entropy(quick: bool) -> dict[str, float]:
     pieces = list(evaluation.windows(corpus, range(count), 1024))
     rival = in_transformers(model)
 
+    def forward(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+        model.logits(model(ids)) if rival is None else rival(ids)
+        return ids.float()
+
     def ours() -> None:
         evaluation.window_values(model, corpus, pieces, evaluation.next_token_entropy)
 
-    @torch.no_grad()
     def plain() -> None:
-        for batch in evaluation.batches({n: w.end - w.begin for n, w in enumerate(pieces)}):
-            texts = [tokens[pieces[n].begin: pieces[n].end].tolist() for n in batch]
-            ids = pad(texts, model.head.device)
-            model.logits(model(ids)) if rival is None else rival(ids)
+        evaluation.window_values(model, corpus, pieces, forward)
     name = "our model's plain forward" if rival is None else "transformers' forward"
     seconds = in_turns(1 if quick else 3, ours=ours, plain=plain)
     return {"ours: tokens/s": len(tokens) / seconds["ours"],

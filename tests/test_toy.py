@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import TEMPLATES, PositionFilter, Question, Tokenizer, load_corpus, prompt_ids
+from data import PositionFilter, Question, Tokenizer, load_corpus, prompt_ids
 from model import load_pretrained
 from rpt import Method, Policy
 from toy import make, step
@@ -127,7 +127,7 @@ def test_the_annotator_errs_as_often_as_stated_and_goes_on_from_the_wrong_cup():
     assert abs(errors - expected) <= 5 * variance ** 0.5
 
 
-def test_lessons_are_asked_in_the_words_of_the_questions_to_come(toy):
+def test_lessons_are_asked_in_the_words_of_the_questions_to_come(toy, tmp_path):
     tokenizer, random, seen = Tokenizer.from_dir(toy / "base"), Random("a test"), Counter()
     for _ in range(2000):
         row = make.lesson(random, set())
@@ -145,8 +145,12 @@ def test_lessons_are_asked_in_the_words_of_the_questions_to_come(toy):
         else:
             cups = re.findall(r"\n\((.)\) (.)", row["prompt"])
             assert all(letter == cup for letter, cup in cups)
-            choice = evaluation.Choice(problem + make.QUESTION, tuple(c for c, _ in cups), 0)
-            asked = tokenizer.chat(TEMPLATES["plain"], tokenizer.encode(choice.prompt))
+            row = {"question": problem + make.QUESTION, "options": [cup for _, cup in cups]}
+            asked = tokenizer.chat(row["question"])
+            if cups:
+                make.write_rows(tmp_path / "choice.jsonl", [row | {"answer_index": 0}])
+                (choice,) = evaluation.read_choices(tmp_path / "choice.jsonl", tokenizer)
+                asked = prompt_ids(tokenizer, choice, "plain", 256)
             seen["choice" if cups else "solved"] += 1
         assert prompt == asked
     shares = {"text": 0.2, "solved": 0.55 * 0.8, "choice": 0.55 * 0.2, "guess": 0.25 * 0.95,
@@ -176,8 +180,8 @@ def check_base(folder: Path, cache: Path, seed: int) -> None:
     questions = evaluation.answer_questions(folder / "answers.jsonl", tokenizer)[:500]
     plain = replace(METHOD, template="plain")
     answers = evaluation.evaluate(policy, questions, plain, seed=seed)
-    choices = evaluation.multiple_choice(
-        policy, evaluation.read_choices(folder / "choices.jsonl")[:500], plain, seed=seed)
+    questions = evaluation.read_choices(folder / "choices.jsonl", tokenizer)[:500]
+    choices = evaluation.evaluate(policy, questions, plain, seed=seed)
     for found in (answers, choices):  # something is there, and something is left to mend
         assert 0.6 < np.mean([r["reasoning"] for r in found]) < 0.9
 
