@@ -14,7 +14,6 @@ step or more state of its own: see paper/recipes.
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -24,9 +23,8 @@ import signal
 import sys
 import time
 import warnings
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +66,7 @@ class Run(Method, evaluation.Asked):
     lr: float = option(1e-6, "AdamW's learning rate", above=0, at_most=1)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, at_most=0.99999)
-    eval_every: int = option(0, "steps between evaluations on held-out questions; 0: only before "
-                                "and after", at_least=0)
+    eval_every: int = option(0, "steps between evaluations; 0: only before and after", at_least=0)
     eval_questions: int = option(500, "held-out questions of an evaluation; 0: none at all",
                                  at_least=0)
     save_every: int = option(20, "steps between checkpoints", at_least=1)
@@ -106,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     """The command line: an option per field of Run, with the recipe's values as defaults."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    evaluation.add_options(parser, dataclasses.fields(Run), {})
+    evaluation.add_options(parser, fields(Run), {})
     named, _ = parser.parse_known_args(argv)
     recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
     parser.set_defaults(recipe=recipe, out=f"runs/{recipe}")
@@ -151,7 +148,8 @@ class Setup:
     tokenizer: Tokenizer
     out: Path
     cache: Path
-    exams: dict[str, tuple]  # of --answers and --choices how to measure, the questions, the method
+    answers: list[Question]
+    choices: list[evaluation.Choice]
 
 
 def prepare(run: Run) -> Setup:
@@ -163,15 +161,12 @@ def prepare(run: Run) -> Setup:
     evaluation.check_length(config, needed, f"{source}: --max-prompt and --max-response")
     if run.stage != "ntp":
         data.prompt_ids(tokenizer, Question((), (), 0, 0), run.template, run.max_prompt)
-    count, plain = run.eval_questions, dataclasses.replace(run, template="plain")
-    answers = evaluation.answer_questions(run.answers, tokenizer)[:count]
-    exams = {"answers": (evaluation.evaluate, answers, plain),
-             "choices": (evaluation.multiple_choice, evaluation.read_choices(run.choices)[:count],
-                         plain)}
+    answers = evaluation.answer_questions(run.answers, tokenizer)[: run.eval_questions]
+    choices = evaluation.read_choices(run.choices)[: run.eval_questions]
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
     return Setup(run, device, source, resolve(run.proxy or source), tokenizer, out,
-                 Path(run.cache or out.parent / "cache"), exams)
+                 Path(run.cache or out.parent / "cache"), answers, choices)
 
 
 # -------------------------------------------------------------------------- processes and shards
@@ -251,10 +246,14 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def identify(setup: Setup, corpus: str) -> None:
-    """Writes run.json: all options, and fingerprints of what the run is made of. ValueError if the
-    folder's run, once a step of it is finished, was another one."""
-    options, file, changed = dataclasses.asdict(setup.run), setup.out / "run.json", []
+def identify(setup: Setup, corpus: str, left: int) -> None:
+    """Writes run.json: all options, and fingerprints of what the run is made of, `corpus` its
+    corpus's. ValueError if none is `left` to train on, or if the folder's run, once a step of it is
+    finished, was another one."""
+    if not left:
+        raise ValueError(f"{setup.run.corpus}: --holdout {setup.run.holdout} leaves no document to "
+                         "train on")
+    options, file, changed = asdict(setup.run), setup.out / "run.json", []
     if is_first():  # the weights are read once for all processes
         places = {"model": setup.source, "proxy": setup.proxy}
         contents = {place: fingerprint(place) for place in set(places.values())}
@@ -307,15 +306,17 @@ def replacing(place: Path) -> Iterator[Path]:
     all_gather(None)
 
 
-def log(file: Path, rows: Sequence[dict]) -> None:
-    """Appends rows to a log (first process only); what is not finite is left out."""
-    if not is_first():
-        return
-    with open(file, "a") as out:
-        for row in rows:
-            finite = {name: value for name, value in row.items()
-                      if not isinstance(value, float) or math.isfinite(value)}
-            out.write(json.dumps(finite, allow_nan=False) + "\n")
+def log(file: Path, step: int, *rows: dict) -> None:
+    """Appends to a log what is not empty of rows about a step (first process only), without numbers
+    that are not finite."""
+    lines = []
+    for row in filter(None, rows):
+        finite = {name: value for name, value in row.items()
+                  if not isinstance(value, float) or math.isfinite(value)}
+        lines.append(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+    if is_first():
+        with open(file, "a") as out:
+            out.writelines(lines)
 
 
 def save(out: Path, keep: int, about: dict, state: dict) -> None:
@@ -379,31 +380,39 @@ def newest_intact(out: Path) -> Path | None:
     return places[-1 - len(damaged)] if places else None
 
 
-def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer,
-           extra: dict[str, torch.nn.Module]) -> dict:
-    """Goes back to the newest intact checkpoint, on any number of processes, and cuts the logs to
-    it; what `save` was told about it."""
+@dataclass
+class Trained:
+    """What a checkpoint holds of a policy, by the names and in the shards that torch gives."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict:
+        """Weights and moments."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optimizer": moments}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes them back, on any number of processes."""
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+
+
+def resume(out: Path, state: dict) -> dict:
+    """Goes back to the newest intact checkpoint and cuts the logs to it; what `save` was told about
+    it."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
     about = {"step": 0, "strikes": 0, "idle": 0, "logs": {}}
     if place := newest_intact(out):
-        about, state = read_json(place / "state.json"), training_state(model, optimizer, extra)
+        about = read_json(place / "state.json")
         dcp.load(state, checkpoint_id=place)
-        set_state_dict(model, optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
         print0(f"{out}: going on after step {about['step']}")
     for name in LOGS if is_first() else ():
         with open(out / name, "ab") as file:
             file.truncate(min(file.tell(), about["logs"].get(name, 0)))
     return about
-
-
-def training_state(model: Transformer, optimizer: torch.optim.Optimizer,
-                   extra: dict[str, torch.nn.Module]) -> dict:
-    """What a checkpoint holds: weights, moments, and whatever modules else are kept by name."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments} | extra
 
 
 @contextlib.contextmanager
@@ -428,12 +437,12 @@ def stop_requests() -> Iterator[list[int]]:
 # ---------------------------------------------------------------------------- figures of a step
 
 
-def rollout_rows(step: int, groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
+def rollout_rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
     """What rollouts.jsonl says about a step, a row per response, of all processes."""
     text, rows = evaluation.text, []
     for group in groups:
         question = group.question
-        about = {"step": step, "question": list(group.number), "document": question.document,
+        about = {"question": list(group.number), "document": question.document,
                  "position": question.position, "entropy": question.entropy, "kept": group.kept,
                  "context": text(tokenizer.bytes_of(question.context[-48:])),
                  "truth": question.answer or text(b"".join(question.truth[:4]))}
@@ -452,17 +461,19 @@ def rollout_metrics(rows: Sequence[dict], group_size: int) -> dict[str, float]:
     """Means over a step's rollouts, those that dynamic sampling replaced among them: what the
     policy said and earned. `informative_expected` is the mean of 1 - p^G - (1 - p)^G, p being a
     question's pass rate."""
-    rewards = np.array([row["reward"] for row in rows])  # [Q G]
-    lengths = np.array([row["tokens"] for row in rows])
-    p = (rewards >= 1).reshape(-1, group_size).mean(1)  # [Q]
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows])
+
+    right = column("reward") >= 1
+    p = right.reshape(-1, group_size).mean(1)  # [Q]
     figures = {
-        "reward": rewards, "accuracy": rewards >= 1, "length": lengths,
-        "truncated": [not row["finished"] for row in rows],
+        "reward": column("reward"), "accuracy": right, "length": column("tokens"),
+        "truncated": ~column("finished"), "kept": column("kept"),
         "parsed": [row["prediction"] is not None for row in rows],
-        "kept": [row["kept"] for row in rows], "all_right": p == 1, "all_wrong": p == 0,
+        "all_right": p == 1, "all_wrong": p == 0,
         "informative_expected": 1 - p**group_size - (1 - p) ** group_size}
     means = {name: float(np.mean(values)) for name, values in figures.items()}
-    return means | {"groups": len(p), "responses": len(rows), "length_max": float(lengths.max())}
+    return means | {"groups": len(p), "responses": len(rows), "length_max": int(column("tokens").max())}
 
 
 def costs(model: Transformer, groups: Sequence[Group], updates: int, timing: dict) -> dict:
@@ -536,42 +547,45 @@ def nothing_learned(metrics: dict) -> str:
 # ------------------------------------------------------------------------------------------ stages
 
 
-def train(setup: Setup, one_step: Callable, evaluate: Callable[[Policy, int], dict],
-          extra: Callable[[Policy], dict] | None = None) -> Policy:
+def train(setup: Setup, items: Sequence, evaluate: Callable[[Policy], dict], one_step: Callable,
+          reward: Callable | None = None, extra: Callable[[Policy], dict] | None = None) -> None:
     """The loop of every stage: step, logs, evaluation, checkpoint; the policy is also exported.
 
-    one_step(policy, optimizer, step) gives rows for rollouts.jsonl and metrics; evaluate(policy,
-    steps done) a row of evals.jsonl, before the first step and after each --eval-every;
-    extra(policy) further modules by name that a checkpoint has to hold.
+    items: what each step draws from. evaluate(policy) gives what evals.jsonl says before the first
+    step and after each --eval-every. one_step, reward, extra: see `main`.
     """
     run, out = setup.run, setup.out
     policy = Policy(build(setup.source, run, setup.device), setup.tokenizer)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr, betas=(0.9, run.beta2),
                                   weight_decay=run.weight_decay)
-    trained = policy.model, optimizer, extra(policy) if extra else {}
-    so_far = resume(out, *trained)
+    state = {"policy": Trained(policy.model, optimizer)} | (extra(policy) if extra else {})
+    so_far = resume(out, state)
 
-    def examine(done: int) -> None:
-        if found := evaluate(policy, done):
-            log(out / "evals.jsonl", [{"step": done} | found])
+    def draw(step: int, retry: int) -> list:
+        chosen = data.random_indices(len(items), run.seed, step, retry, run.questions)
+        return [items[n] for n in chosen]
 
     if so_far["step"] == 0:
-        examine(0)
+        log(out / "evals.jsonl", 0, evaluate(policy))
     with stop_requests() as requests, tqdm(
             total=run.steps, initial=so_far["step"], desc=run.stage, unit="step",
             disable=not is_first(), mininterval=0.5) as bar:
         for step in range(so_far["step"], run.steps):
-            rows, metrics = one_step(policy, optimizer, step)
+            groups, metrics = one_step(policy, optimizer, draw, step, run, reward, run.seed)
+            if rows := rollout_rows(groups, policy.tokenizer):
+                metrics |= rollout_metrics(rows, run.group_size)
+                metrics |= costs(policy.model, groups, run.updates, metrics["time"])
             done = so_far["step"] = step + 1
             watch(step, metrics, so_far)
-            log(out / "rollouts.jsonl", rows)
-            log(out / "metrics.jsonl", [{"step": step} | metrics])
+            log(out / "rollouts.jsonl", step, *(row for row in rows if run.log_questions < 0
+                                                or row["question"][1] < run.log_questions))
+            log(out / "metrics.jsonl", step, metrics)
             if done == run.steps or run.eval_every and done % run.eval_every == 0:
-                examine(done)
+                log(out / "evals.jsonl", done, evaluate(policy))
             show(run, step, rows, metrics, bar)
             stopping = max(all_gather(max(requests, default=0)))
             if stopping or done == run.steps or done % run.save_every == 0:
-                save(out, run.keep, so_far, training_state(*trained))
+                save(out, run.keep, so_far, state)
             if stopping and done < run.steps:
                 print0(f"stopped by {signal.Signals(stopping).name} after step {step}; "
                        "the same command goes on from there")
@@ -579,115 +593,85 @@ def train(setup: Setup, one_step: Callable, evaluate: Callable[[Policy, int], di
     with replacing(out / "model") as aside:
         save_pretrained(policy.model, aside, policy.tokenizer)
     print0(f"model written to {out / 'model'}")
-    return policy
 
 
-def next_token_step(model: Transformer, optimizer: torch.optim.Optimizer,
-                    sequences: Sequence[tuple[Sequence[int], int]], method: Method) -> dict:
-    """One step of next-token prediction on (ids, first) pairs, the same list on every process: the
-    paper's baseline, and supervised training. Each token from index `first` on, at least 1, counts
-    the same.
+def next_token_step(policy: Policy, optimizer: torch.optim.Optimizer,
+                    draw: Callable[[int, int], Sequence], step: int, method: Method,
+                    *_) -> tuple[list[Group], dict]:
+    """A step like rpt_step, of next-token prediction: the paper's baseline, and supervised training.
 
-    It is the gradient of a policy that is rewarded for what stands there: what precedes `first` is
-    the prompt, what follows a response whose advantage is 1.
+    What is drawn are pairs (ids, first): each token from index `first` on, at least 1, counts the
+    same. It is the gradient of a policy that is rewarded for what stands there: what precedes
+    `first` is the prompt, what follows a response whose advantage is 1.
     """
     (rank, world), begin = rank_and_world(), time.perf_counter()
+    sequences, examples = draw(step, 0), []
     total = sum(len(ids) for ids, _ in sequences)
     trained = total - sum(first for _, first in sequences)
-    examples = []
     for ids, first in sequences[rank::world]:
-        response = ids[first:]
-        learned = Response(response, [0.0] * len(response), advantage=1.0, weight=1 / trained)
+        learned = Response(ids[first:], [0.0] * (len(ids) - first), 1.0, weight=1 / trained)
         examples.append((ids[:first], [learned]))
     optimizer.zero_grad(set_to_none=True)
-    plain = dataclasses.replace(method, temperature=1.0, updates=1)
-    metrics = optimizer_step(model, optimizer, accumulate(model, examples, plain), method.grad_clip)
+    figures = accumulate(policy.model, examples, replace(method, temperature=1.0, updates=1))
+    metrics = optimizer_step(policy.model, optimizer, figures, method.grad_clip)
     if not metrics["skipped"]:
         metrics["loss"] = metrics["nll"]
     seconds = time.perf_counter() - begin
-    return metrics | {"flops": 3 * forward_flops(model.config, total, total / len(sequences) / 2),
-                      "time": {"train": seconds, "train_tokens_per_s": trained / seconds}}
+    flops = 3 * forward_flops(policy.model.config, total, total / len(sequences) / 2)
+    return [], metrics | {"flops": flops, "time": {"train": seconds,
+                                                   "train_tokens_per_s": trained / seconds}}
 
 
-def drawing(items: Sequence, run: Run) -> Callable[[int, int], list]:
-    """draw(step, retry) gives --questions of the items, the same on every process. ValueError if
-    what is held out leaves none."""
-    if not len(items):
-        raise ValueError(f"{run.corpus}: --holdout {run.holdout} leaves no document to train on")
-
-    def draw(step: int, retry: int) -> list:
-        chosen = data.random_indices(len(items), run.seed, step, retry, run.questions)
-        return [items[n] for n in chosen]
-
-    return draw
-
-
-def ntp_stage(setup: Setup) -> None:
-    """Next-token prediction on a corpus: plain text, or the responses of prompt and response
-    rows."""
+def texts(setup: Setup) -> tuple[Sequence, Callable[[Policy], dict]]:
+    """What stage ntp trains on and how it is evaluated: plain texts, or the responses of prompt and
+    response rows; the perplexity of what is held out."""
     run = setup.run
     corpus = data.load_corpus(run.corpus, setup.tokenizer, setup.cache, run.holdout, run.seed)
-    draw = drawing(data.sequences(corpus, run.max_prompt), run)
-    identify(setup, corpus.fingerprint)
+    sequences = data.sequences(corpus, run.max_prompt)
+    identify(setup, corpus.fingerprint, len(sequences))
 
-    def one_step(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> tuple[list, dict]:
-        return [], next_token_step(policy.model, optimizer, draw(step, 0), run)
-
-    def evaluate(policy: Policy, step: int) -> dict:
+    def evaluate(policy: Policy) -> dict:
         if not (run.eval_questions and run.holdout):
             return {}
         found = evaluation.perplexity(policy.model, corpus, run.max_prompt)
-        print0("step {}: held-out perplexity {:.3f}".format(step, found[0]))
+        print0(f"held-out perplexity {found[0]:.3f}")
         return {"perplexity": found}
 
-    train(setup, one_step, evaluate)
+    return sequences, evaluate
 
 
-def question_sets(setup: Setup) -> tuple[Sequence[Question], Sequence[Question]]:
-    """The questions to train on and those held out: the selected positions of a corpus (rpt), or
-    its questions and answers (rlvr)."""
+def questions(setup: Setup) -> tuple[Sequence[Question], Callable[[Policy], dict]]:
+    """What RL trains on and how it is evaluated: the selected positions of a corpus (rpt), or its
+    questions and answers (rlvr); those that are held out, --answers and --choices."""
     run, tokenizer = setup.run, setup.tokenizer
     if run.stage == "rlvr":
-        questions, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
-        identify(setup, fingerprint(*((q.context, q.answer) for q in (*questions, *held))))
+        asked, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
+        contents = fingerprint(*((q.context, q.answer) for q in (*asked, *held)))
+        identify(setup, contents, len(asked))
     else:
         corpus = data.load_corpus(run.corpus, tokenizer, setup.cache, run.holdout, run.seed)
-        identify(setup, corpus.fingerprint)
+        identify(setup, corpus.fingerprint, (corpus.split == data.TRAIN).sum())
         proxy = evaluation.Proxy(setup.proxy, setup.cache, run.max_prompt, setup.device,
                                  DTYPES[run.dtype])
         where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
                                run.region, run.seed)
-        questions, held, about = evaluation.question_sets(corpus, proxy, where)
+        asked, held, about = evaluation.question_sets(corpus, proxy, where)
     print0(about)
-    return questions, held
+    held = evaluation.subset(held, run.eval_questions, run.seed)
+    plain = replace(run, template="plain")
+    exams = {"held-out": (evaluation.evaluate, held, run),
+             "answers": (evaluation.evaluate, setup.answers, plain),
+             "choices": (evaluation.multiple_choice, setup.choices, plain)}
 
-
-def rl_stage(setup: Setup, reward: Callable, one_step: Callable,
-             extra: Callable[[Policy], dict] | None) -> None:
-    """RPT, or RL with verifiable rewards; then the table of accuracies before and after."""
-    run, (questions, held) = setup.run, question_sets(setup)
-    draw, asked = drawing(questions, run), evaluation.subset(held, run.eval_questions, run.seed)
-    exams = {"held-out": (evaluation.evaluate, asked, run)} | setup.exams
-
-    def step_of_run(policy: Policy, optimizer: torch.optim.Optimizer,
-                    step: int) -> tuple[list[dict], dict]:
-        groups, metrics = one_step(policy, optimizer, draw, step, run, reward, run.seed)
-        rows = rollout_rows(step, groups, policy.tokenizer)
-        metrics |= rollout_metrics(rows, run.group_size)
-        metrics |= costs(policy.model, groups, run.updates, metrics["time"])
-        return [row for row in rows
-                if run.log_questions < 0 or row["question"][1] < run.log_questions], metrics
-
-    def evaluate(policy: Policy, step: int) -> dict:
+    def evaluate(policy: Policy) -> dict:
         found = {}
         for name, (measure, chosen, method) in exams.items():
-            if len(chosen) and (name == "held-out" or step in (0, run.steps)):
+            if chosen:
                 records = measure(policy, chosen, method, seed=run.seed, progress=True)
                 found[name] = evaluation.summary(records)
         return found
 
-    train(setup, step_of_run, evaluate, extra)
-    print0(evaluation.growth(setup.out))
+    return asked, evaluate
 
 
 def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
@@ -702,9 +686,10 @@ def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
         start(run, setup.device)
         with claimed(setup.out):
             if run.stage == "ntp":
-                ntp_stage(setup)
+                train(setup, *texts(setup), next_token_step)
             else:
-                rl_stage(setup, reward or REWARDS[run.reward], one_step, extra)
+                train(setup, *questions(setup), one_step, reward or REWARDS[run.reward], extra)
+                print0(evaluation.growth(setup.out))
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from what is there")
     except torch.OutOfMemoryError as error:
