@@ -24,12 +24,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -74,9 +81,27 @@ class Run(Method, evaluation.Asked):
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all", at_least=0)
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks, compute the rest "
                                                  "again")
-    log_questions: int = option(-1, "questions of each step whose rollouts are logged; -1: all",
-                                at_least=-1)
     show: int = option(0, "print this many rollouts of every step", at_least=0)
+
+    def __post_init__(self) -> None:
+        """ValueError for options that cannot stand together."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        wrong = {
+            "--model is missing: a model directory or hub id": not self.model,
+            "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id":
+                not self.corpus,
+            f"--filter-value {self.filter_value}: a share is above 0 and at most 1":
+                self.filter != "threshold" and not 0 < self.filter_value <= 1,
+            f"--reward {self.reward}: an answer is no next token, use the rewards answer or format":
+                self.stage == "rlvr" and self.reward not in ("answer", "format"),
+            f"--reward {self.reward}: positions of a text have no answer, use --stage rlvr":
+                self.stage == "rpt" and self.reward == "answer",
+            f"--max-context {self.max_context}: below --min-context {self.min_context}":
+                0 < self.max_context < self.min_context,
+            f"--shard-group {self.shard_group}: does not divide the {world} processes":
+                self.shard_group and world % self.shard_group}
+        if problem := next((sentence for sentence, holds in wrong.items() if holds), None):
+            raise ValueError(problem)
 
 
 RECIPES: dict[str, dict] = {
@@ -91,7 +116,7 @@ RECIPES: dict[str, dict] = {
 }
 STAGES = {"rlvr": dict(template="plain", reward="answer")}  # whatever the recipe
 # What a resumed run may change, and paths: what they hold is compared by content.
-FREE = ("recipe", "steps", "save_every", "keep", "show", "log_questions", "eval_every", "device",
+FREE = ("recipe", "steps", "save_every", "keep", "show", "eval_every", "device",
         "out", "cache", "micro_tokens", "max_rows", "cache_tokens", "shard_group", "answers",
         "choices", "checkpoint_activations", "eval_questions", "model", "corpus", "proxy")
 
@@ -110,31 +135,9 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     parser.set_defaults(**RECIPES[recipe] | STAGES.get(named.stage, {}))
     parser.add_argument("-h", "--help", action="help")  # now that it knows the recipe's values
     try:
-        run = evaluation.options_of(Run, parser.parse_args(argv))
-        check_together(run)
+        return evaluation.options_of(Run, parser.parse_args(argv))
     except ValueError as error:
         parser.error(str(error))
-    return run
-
-
-def check_together(run: Run) -> None:
-    """ValueError for options that cannot stand together."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    wrong = {
-        "--model is missing: a model directory or hub id": not run.model,
-        "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id": not run.corpus,
-        f"--filter-value {run.filter_value}: a share is above 0 and at most 1":
-            run.filter != "threshold" and not 0 < run.filter_value <= 1,
-        f"--reward {run.reward}: questions with answers have no next token, use answer or format":
-            run.stage == "rlvr" and run.reward not in ("answer", "format"),
-        f"--reward {run.reward}: positions of a text have no answer, use --stage rlvr":
-            run.stage == "rpt" and run.reward == "answer",
-        f"--max-context {run.max_context}: below --min-context {run.min_context}":
-            0 < run.max_context < run.min_context,
-        f"--shard-group {run.shard_group}: does not divide the {world} processes":
-            run.shard_group and world % run.shard_group}
-    if problem := next((sentence for sentence, holds in wrong.items() if holds), None):
-        raise ValueError(problem)
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,6 @@ def start(run: Run, device: torch.device) -> None:
 
 def shard(model: Transformer, run: Run, device_type: str) -> None:
     """FSDP2: each block a group, embedding, norm and head another; gradients summed in float32."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     world = dist.get_world_size()
     size = run.shard_group or world
     mesh = init_device_mesh(device_type, (world // size, size),
@@ -254,10 +255,9 @@ def identify(setup: Setup, corpus: str, left: int) -> None:
         raise ValueError(f"{setup.run.corpus}: --holdout {setup.run.holdout} leaves no document to "
                          "train on")
     options, file, changed = asdict(setup.run), setup.out / "run.json", []
-    if is_first():  # the weights are read once for all processes
-        places = {"model": setup.source, "proxy": setup.proxy}
-        contents = {place: fingerprint(place) for place in set(places.values())}
-        inputs = {"corpus": corpus} | {name: contents[place] for name, place in places.items()}
+    if is_first():  # the weights are read once
+        content = cache(fingerprint)
+        inputs = {"corpus": corpus, "model": content(setup.source), "proxy": content(setup.proxy)}
         if checkpoints(setup.out):
             before = read_json(file)
             changed = [f"{name} was {before.get(name)!r}, now {value!r}"
@@ -277,7 +277,7 @@ def identify(setup: Setup, corpus: str, left: int) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(out.glob("checkpoints/step-*"), key=lambda place: int(place.name[5:]))
+    return sorted(out.glob("checkpoints/step-*"))
 
 
 def write_json(file: Path, value: object) -> None:
@@ -319,46 +319,37 @@ def log(file: Path, step: int, *rows: dict) -> None:
             out.writelines(lines)
 
 
-def save(out: Path, keep: int, about: dict, state: dict) -> None:
-    """A checkpoint of `state`, with the steps done and whatever else `about` says; the newest
-    `keep` stay."""
-    import torch.distributed.checkpoint as dcp
-    with replacing(out / "checkpoints" / f"step-{about['step']:06d}") as aside:
+def save(out: Path, keep: int, so_far: dict, state: dict) -> None:
+    """A checkpoint of `state` and of what there is so_far; the newest `keep` stay."""
+    with replacing(out / "checkpoints" / f"step-{so_far['step']:09d}") as aside:
         dcp.save(state, checkpoint_id=aside)
-        about = about | {"files": checksums(aside), "logs": {}}
         if is_first():
+            logs = {}
             for name in LOGS:
                 with open(out / name, "ab") as file:
                     os.fsync(file.fileno())
-                    about["logs"][name] = file.tell()
+                    logs[name] = file.tell()
+            about = so_far | {"logs": logs, "content": content_of(aside)}
             write_json(aside / "state.json", about)
     if is_first():
         for old in checkpoints(out)[:-keep]:
             shutil.rmtree(old)
 
 
+def content_of(checkpoint: Path) -> str:
+    """A fingerprint of what torch wrote; its files are read side by side."""
+    with ThreadPoolExecutor() as pool:
+        files = sorted(checkpoint.glob("*.distcp"))
+        return fingerprint(*pool.map(fingerprint, [*files, checkpoint / ".metadata"]))
+
+
 def is_intact(checkpoint: Path) -> bool:
     """Whether a checkpoint's files are those that were written."""
-    found = checksums(checkpoint)
-    try:
-        intact = read_json(checkpoint / "state.json").get("files") == found
-    except (OSError, ValueError):
-        intact = False
-    return all(all_gather(intact))
-
-
-def checksums(checkpoint: Path) -> dict[str, str | None]:
-    """A fingerprint of each file of a checkpoint, None if it cannot be read. Each process reads its
-    share and gets all."""
-    rank, world = rank_and_world()
-    files, found = sorted(checkpoint.iterdir()), {}
-    for file in files[rank::world]:
-        try:
-            found[file.name] = fingerprint(file)
-        except OSError:
-            found[file.name] = None
-    parts = all_gather(found)
-    return {name: sum for part in parts for name, sum in part.items() if name != "state.json"}
+    intact = False
+    if is_first():
+        with contextlib.suppress(OSError, ValueError):  # what cannot be read is damaged
+            intact = read_json(checkpoint / "state.json").get("content") == content_of(checkpoint)
+    return all_gather(intact)[0]
 
 
 def newest_intact(out: Path) -> Path | None:
@@ -389,21 +380,17 @@ class Trained:
 
     def state_dict(self) -> dict:
         """Weights and moments."""
-        from torch.distributed.checkpoint.state_dict import get_state_dict
         weights, moments = get_state_dict(self.model, self.optimizer)
         return {"model": weights, "optimizer": moments}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes them back, on any number of processes."""
-        from torch.distributed.checkpoint.state_dict import set_state_dict
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
 
 
 def resume(out: Path, state: dict) -> dict:
-    """Goes back to the newest intact checkpoint and cuts the logs to it; what `save` was told about
-    it."""
-    import torch.distributed.checkpoint as dcp
+    """Goes back to the newest intact checkpoint and cuts the logs to it; what there was so far."""
     about = {"step": 0, "strikes": 0, "idle": 0, "logs": {}}
     if place := newest_intact(out):
         about = read_json(place / "state.json")
@@ -473,7 +460,8 @@ def rollout_metrics(rows: Sequence[dict], group_size: int) -> dict[str, float]:
         "all_right": p == 1, "all_wrong": p == 0,
         "informative_expected": 1 - p**group_size - (1 - p) ** group_size}
     means = {name: float(np.mean(values)) for name, values in figures.items()}
-    return means | {"groups": len(p), "responses": len(rows), "length_max": int(column("tokens").max())}
+    longest = max(row["tokens"] for row in rows)
+    return means | {"groups": len(p), "responses": len(rows), "length_max": longest}
 
 
 def costs(model: Transformer, groups: Sequence[Group], updates: int, timing: dict) -> dict:
@@ -516,8 +504,8 @@ def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> Non
 
 def watch(step: int, metrics: dict, so_far: dict) -> None:
     """Ends a run whose numbers are not finite, and says once that steps teach nothing, in the
-    metrics too: so_far counts `strikes`, skipped steps in a row, and `idle` ones. FloatingPointError
-    at the PATIENCE-th strike."""
+    metrics too. so_far counts `strikes`, steps in a row that were skipped, and `idle` ones, without
+    an informative group. FloatingPointError after PATIENCE strikes."""
     so_far["strikes"] = so_far["strikes"] + 1 if metrics["skipped"] else 0
     so_far["idle"] = 0 if metrics.get("informative", 1) else so_far["idle"] + 1
     if so_far["strikes"]:
@@ -577,8 +565,7 @@ def train(setup: Setup, items: Sequence, evaluate: Callable[[Policy], dict], one
                 metrics |= costs(policy.model, groups, run.updates, metrics["time"])
             done = so_far["step"] = step + 1
             watch(step, metrics, so_far)
-            log(out / "rollouts.jsonl", step, *(row for row in rows if run.log_questions < 0
-                                                or row["question"][1] < run.log_questions))
+            log(out / "rollouts.jsonl", step, *rows)
             log(out / "metrics.jsonl", step, metrics)
             if done == run.steps or run.eval_every and done % run.eval_every == 0:
                 log(out / "evals.jsonl", done, evaluate(policy))
@@ -598,7 +585,7 @@ def train(setup: Setup, items: Sequence, evaluate: Callable[[Policy], dict], one
 def next_token_step(policy: Policy, optimizer: torch.optim.Optimizer,
                     draw: Callable[[int, int], Sequence], step: int, method: Method,
                     *_) -> tuple[list[Group], dict]:
-    """A step like rpt_step, of next-token prediction: the paper's baseline, and supervised training.
+    """A step like rpt_step, of next-token prediction: the paper's baseline, supervised training.
 
     What is drawn are pairs (ids, first): each token from index `first` on, at least 1, counts the
     same. It is the gradient of a policy that is rewarded for what stands there: what precedes
@@ -679,7 +666,6 @@ def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
     """The command line. A program of your own may bring a reward(responses, question, policy), a
     step with rpt_step's arguments, and extra(policy): modules by name that checkpoints hold too."""
     run = parse(argv)
-    from torch.distributed.checkpoint.api import CheckpointException  # takes a second to import
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process
     try:
         setup = prepare(run)
