@@ -255,7 +255,7 @@ def identify(setup: Setup, corpus: str, left: int) -> None:
         raise ValueError(f"{setup.run.corpus}: --holdout {setup.run.holdout} leaves no document to "
                          "train on")
     options, file, changed = asdict(setup.run), setup.out / "run.json", []
-    if is_first():  # the weights are read once
+    if is_first():  # it alone reads the weights, and once where the proxy is the model
         content = cache(fingerprint)
         inputs = {"corpus": corpus, "model": content(setup.source), "proxy": content(setup.proxy)}
         if checkpoints(setup.out):
@@ -645,10 +645,9 @@ def questions(setup: Setup) -> tuple[Sequence[Question], Callable[[Policy], dict
         asked, held, about = evaluation.question_sets(corpus, proxy, where)
     print0(about)
     held = evaluation.subset(held, run.eval_questions, run.seed)
-    plain = replace(run, template="plain")
     exams = {"held-out": (evaluation.evaluate, held, run),
-             "answers": (evaluation.evaluate, setup.answers, plain),
-             "choices": (evaluation.multiple_choice, setup.choices, plain)}
+             "answers": (evaluation.evaluate, setup.answers, replace(run, template="plain")),
+             "choices": (evaluation.multiple_choice, setup.choices, run)}
 
     def evaluate(policy: Policy) -> dict:
         found = {}
