@@ -14,9 +14,7 @@ step or more state of its own: see paper/recipes.
 
 import argparse
 import contextlib
-import dataclasses
-import fcntl
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,14 +23,20 @@ import signal
 import sys
 import time
 import warnings
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -44,14 +48,14 @@ from model import (DTYPES, Transformer, all_gather, all_sum, choose_device, forw
 from reward import REWARDS, extract_prediction
 from rpt import Group, Method, Policy, Response, accumulate, option, optimizer_step
 
-STRIKES = 3  # steps in a row that may be skipped for a non-finite number before the run stops
-PATIENCE = 3  # steps in a row without an informative group before a warning
+PATIENCE = 3  # steps in a row: skipped, they end a run; without an informative group, a warning
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
 TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
-class Run(evaluation.Asked):
-    """Everything about a run that is not the method itself."""
+class Run(Method, evaluation.Asked):
+    """All options of a run: the method, what models are asked, and these."""
 
     recipe: str = option("", "defaults for all other options; without one `toy`, or `small` where "
                              "a model or corpus is named", choices=("", "toy", "small", "paper"))
@@ -69,8 +73,7 @@ class Run(evaluation.Asked):
     lr: float = option(1e-6, "AdamW's learning rate", above=0, at_most=1)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, at_most=0.99999)
-    eval_every: int = option(0, "steps between evaluations on held-out questions; 0: only before "
-                                "and after", at_least=0)
+    eval_every: int = option(0, "steps between evaluations; 0: only before and after", at_least=0)
     eval_questions: int = option(500, "held-out questions of an evaluation; 0: none at all",
                                  at_least=0)
     save_every: int = option(20, "steps between checkpoints", at_least=1)
@@ -78,24 +81,42 @@ class Run(evaluation.Asked):
     shard_group: int = option(0, "processes that share one copy of the weights; 0: all", at_least=0)
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks, compute the rest "
                                                  "again")
-    log_questions: int = option(-1, "questions of each step whose rollouts are logged; -1: all",
-                                at_least=-1)
     show: int = option(0, "print this many rollouts of every step", at_least=0)
+
+    def __post_init__(self) -> None:
+        """ValueError for options that cannot stand together."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        wrong = {
+            "--model is missing: a model directory or hub id": not self.model,
+            "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id":
+                not self.corpus,
+            f"--filter-value {self.filter_value}: a share is above 0 and at most 1":
+                self.filter != "threshold" and not 0 < self.filter_value <= 1,
+            f"--reward {self.reward}: an answer is no next token, use the rewards answer or format":
+                self.stage == "rlvr" and self.reward not in ("answer", "format"),
+            f"--reward {self.reward}: positions of a text have no answer, use --stage rlvr":
+                self.stage == "rpt" and self.reward == "answer",
+            f"--max-context {self.max_context}: below --min-context {self.min_context}":
+                0 < self.max_context < self.min_context,
+            f"--shard-group {self.shard_group}: does not divide the {world} processes":
+                self.shard_group and world % self.shard_group}
+        if problem := next((sentence for sentence, holds in wrong.items() if holds), None):
+            raise ValueError(problem)
 
 
 RECIPES: dict[str, dict] = {
-    "toy": dict(model=str(TOY / "base"), corpus=str(TOY / "corpus.jsonl"), out="runs/toy",
+    "toy": dict(model=str(TOY / "base"), corpus=str(TOY / "corpus.jsonl"),
                 answers=str(TOY / "answers.jsonl"), choices=str(TOY / "choices.jsonl"),
                 questions=32, max_prompt=256, max_response=96, template="toy", micro_tokens=8192,
                 region="solution", lr=5e-4, weight_decay=0.0, beta2=0.99, steps=80, holdout=500),
     "small": dict(questions=16, max_prompt=1024, max_response=512, lr=1e-5, beta2=0.99,
-                  micro_tokens=8192, region="solution", out="runs/small"),
-    "paper": dict(lr=1e-6, steps=1000, dynamic_from=500, dtype="bfloat16", out="runs/paper",
-                  checkpoint_activations=True, min_context=16, grad_clip=0.2),
+                  micro_tokens=8192, region="solution"),
+    "paper": dict(steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True,
+                  min_context=16, grad_clip=0.2),
 }
 STAGES = {"rlvr": dict(template="plain", reward="answer")}  # whatever the recipe
 # What a resumed run may change, and paths: what they hold is compared by content.
-FREE = ("recipe", "steps", "save_every", "keep", "show", "log_questions", "eval_every", "device",
+FREE = ("recipe", "steps", "save_every", "keep", "show", "eval_every", "device",
         "out", "cache", "micro_tokens", "max_rows", "cache_tokens", "shard_group", "answers",
         "choices", "checkpoint_activations", "eval_questions", "model", "corpus", "proxy")
 
@@ -103,49 +124,20 @@ FREE = ("recipe", "steps", "save_every", "keep", "show", "log_questions", "eval_
 # ------------------------------------------------------------------------------------- arguments
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Run, Method]:
-    """The command line: an option per field of Run and Method, the recipe's values as defaults."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    pick = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("recipe", "stage", "model", "corpus"):
-        pick.add_argument(f"--{name}", default="")
-    picked, _ = pick.parse_known_args(argv)
-    recipe = picked.recipe or ("small" if picked.model or picked.corpus else "toy")
-    defaults = RECIPES.get(recipe, {}) | STAGES.get(picked.stage, {}) | {"recipe": recipe}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+def parse(argv: Sequence[str] | None = None) -> Run:
+    """The command line: an option per field of Run, with the recipe's values as defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind, title in ((Run, "the run"), (Method, "the method")):
-        group = parser.add_argument_group(title)
-        evaluation.add_options(group, dataclasses.fields(kind), defaults)
-    args = parser.parse_args(argv)
+    evaluation.add_options(parser, fields(Run), {})
+    named, _ = parser.parse_known_args(argv)
+    recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
+    parser.set_defaults(recipe=recipe, out=f"runs/{recipe}")
+    parser.set_defaults(**RECIPES[recipe] | STAGES.get(named.stage, {}))
+    parser.add_argument("-h", "--help", action="help")  # now that it knows the recipe's values
     try:
-        run, method = evaluation.options_of(Run, args), evaluation.options_of(Method, args)
-        contradiction(run)
+        return evaluation.options_of(Run, parser.parse_args(argv))
     except ValueError as error:
         parser.error(str(error))
-    return run, method
-
-
-def contradiction(run: Run) -> None:
-    """ValueError for options that cannot stand together."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    wrong = {
-        "--model is missing: a model directory or hub id": not run.model,
-        "--corpus is missing: a .jsonl or .txt file, a folder of them, or a hub id": not run.corpus,
-        f"--filter-value {run.filter_value}: a share is above 0 and at most 1":
-            run.filter != "threshold" and not 0 < run.filter_value <= 1,
-        f"--reward {run.reward}: questions with answers have no next token, use answer or format":
-            run.stage == "rlvr" and run.reward not in ("answer", "format"),
-        f"--reward {run.reward}: positions of a text have no answer, use --stage rlvr":
-            run.stage == "rpt" and run.reward == "answer",
-        f"--max-context {run.max_context}: below --min-context {run.min_context}":
-            0 < run.max_context < run.min_context,
-        "--holdout 0: nothing to evaluate on; with --eval-questions 0 that is no question":
-            run.stage != "ntp" and run.holdout == 0 < run.eval_questions,
-        f"--shard-group {run.shard_group}: does not divide the {world} processes":
-            run.shard_group and world % run.shard_group}
-    if problem := next((sentence for sentence, holds in wrong.items() if holds), None):
-        raise ValueError(problem)
 
 
 @dataclass(frozen=True)
@@ -153,36 +145,29 @@ class Setup:
     """What every stage begins with."""
 
     run: Run
-    method: Method
     device: torch.device
     source: Path  # the model's directory
+    proxy: Path
     tokenizer: Tokenizer
-
-    @property
-    def out(self) -> Path:
-        return Path(self.run.out)
-
-    @property
-    def cache(self) -> Path:
-        return Path(self.run.cache or self.out.parent / "cache")
+    out: Path
+    cache: Path
+    answers: list[Question]
+    choices: list[Question]
 
 
-def prepare(run: Run, method: Method) -> Setup:
-    """Finds the model and checks what can be checked before anything is written."""
+def prepare(run: Run) -> Setup:
+    """Finds the model and checks what can be checked before any work; makes the run's folder."""
     device = choose_device(run.device)
-    needed = method.max_prompt + (0 if run.stage == "ntp" else method.max_response)
+    needed = run.max_prompt + (0 if run.stage == "ntp" else run.max_response)
     source, tokenizer = evaluation.find_model(run.model, needed)
     if run.stage != "ntp":
-        data.prompt_ids(tokenizer, Question((), (), 0, 0), method.template, method.max_prompt)
-    evaluation.answer_questions(run.answers, tokenizer)  # read again when they are asked
-    evaluation.read_choices(run.choices, tokenizer)
-    out = Path(run.out).absolute()
-    place = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"--out {run.out}: {place} cannot be written")
-    if problem := belongs_elsewhere(Path(run.out), settings(run, method), {}):
-        raise ValueError(problem)
-    return Setup(run, method, device, source, tokenizer)
+        data.prompt_ids(tokenizer, Question((), (), 0, 0), run.template, run.max_prompt)
+    answers = evaluation.answer_questions(run.answers, tokenizer)[: run.eval_questions]
+    choices = evaluation.read_choices(run.choices, tokenizer)[: run.eval_questions]
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    return Setup(run, device, source, resolve(run.proxy or source), tokenizer, out,
+                 Path(run.cache or out.parent / "cache"), answers, choices)
 
 
 # -------------------------------------------------------------------------- processes and shards
@@ -205,16 +190,13 @@ def start(run: Run, device: torch.device) -> None:
 
 def shard(model: Transformer, run: Run, device_type: str) -> None:
     """FSDP2: each block a group, embedding, norm and head another; gradients summed in float32."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     world = dist.get_world_size()
     size = run.shard_group or world
-    shape, names = ((world,), ("shard",))
-    if size < world:
-        shape, names = ((world // size, size), ("replicate", "shard"))
+    mesh = init_device_mesh(device_type, (world // size, size),
+                            mesh_dim_names=("replicate", "shard"))
     precision = MixedPrecisionPolicy(param_dtype=DTYPES[run.dtype], reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
-    how = dict(mesh=init_device_mesh(device_type, shape, mesh_dim_names=names), mp_policy=precision)
+    how = dict(mesh=mesh if size < world else mesh["shard"], mp_policy=precision)
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
@@ -236,169 +218,64 @@ def build(directory: Path, run: Run, device: torch.device) -> Transformer:
     return model
 
 
+def is_first() -> bool:
+    """This is the process that writes and speaks for all."""
+    return rank_and_world()[0] == 0
+
+
+def print0(text: str) -> None:
+    """Prints a line, once for all processes, without breaking a progress bar."""
+    if is_first():
+        tqdm.write(text)
+
+
 # -------------------------------------------------------------------------------- the run's folder
-
-
-def settings(run: Run, method: Method) -> dict:
-    """All options by name."""
-    return dataclasses.asdict(run) | dataclasses.asdict(method)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of steps behind a checkpoint, from its name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def checkpoints(path: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(path.glob("checkpoints/step-*"), key=step_of)
-
-
-def begun(path: Path) -> bool:
-    """A run has finished a step here, even if its checkpoint was found damaged and set aside."""
-    return any(path.glob("checkpoints/*step-*"))
-
-
-def belongs_elsewhere(path: Path, options: dict, inputs: dict[str, str]) -> str | None:
-    """Why a run's folder cannot be gone on with, or None. Without a finished step it is free."""
-    file = path / "run.json"
-    if not file.exists() or not begun(path):
-        return None
-    before = read_json(file)
-    changed = [f"{name} was {before.get(name)!r}, now {value!r}"
-               for name, value in sorted(options.items())
-               if before.get(name) != value and name not in FREE]
-    changed += [f"the content of the {name} is another one" for name, value in inputs.items()
-                if before.get("inputs", {}).get(name) != value]
-    if changed:
-        return (f"{path} belongs to another configuration ({', '.join(changed)}); "
-                "choose another --out or delete it")
-    return None
+#
+# What is written is complete or invisible, whenever a process dies. A checkpoint remembers how long
+# the logs were: a resumed run cuts off what an interrupted one wrote after it, and writes the same
+# again.
 
 
 @contextlib.contextmanager
-def replacing(place: Path) -> Iterator[Path]:
-    """A folder for all processes to write to, beside `place`, that takes its place when
-    complete."""
-    aside, first = place.with_name("unfinished"), rank_and_world()[0] == 0
-    if first and aside.exists():
-        shutil.rmtree(aside)
-    all_gather(None)
-    yield aside
-    all_gather(None)
-    if first:
-        if place.exists():
-            shutil.rmtree(place)
-        aside.rename(place)
-    all_gather(None)
+def claimed(out: Path) -> Iterator[None]:
+    """A run's folder, locked. ValueError if another run has it."""
+    with open(out / "lock", "w") as lock:
+        if not all_gather(not is_first() or evaluation.locked(lock))[0]:
+            raise ValueError(f"{out}: another run is writing to this folder")
+        yield
 
 
-class RunFolder(contextlib.ExitStack):
-    """Checkpoints and logs of one run. What is written is complete or invisible, whenever the
-    process dies.
-
-    A checkpoint has the checksums of its files. It remembers how long the logs were, so a resumed
-    run cuts off what an interrupted one wrote after it, and writes the same again.
-    """
-
-    LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl")
-
-    def __init__(self, path: Path, options: dict, inputs: dict[str, str]):
-        super().__init__()
-        self.path, (self.rank, self.world) = path, rank_and_world()
-        try:
-            problem = self._claim(options, inputs) if self.rank == 0 else None
-        except OSError as error:
-            problem = f"{path}: cannot be written ({error.strerror})"
-        if problem := all_gather(problem)[0]:
-            self.close()
-            raise ValueError(problem)
-
-    def _claim(self, options: dict, inputs: dict[str, str]) -> str | None:
-        """Locks the folder until this is closed; what speaks against writing to it, or None."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = self.enter_context(open(self.path / "lock", "w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return f"{self.path}: another run is writing to this folder"
-        problem = belongs_elsewhere(self.path, options, inputs)
-        if problem:
-            return problem
-        for name in ("model", "corpus", "proxy", "cache", "answers", "choices"):
-            if options[name] and Path(options[name]).exists():  # the folder may move with its world
-                options[name] = os.path.relpath(options[name], self.path)
-        write_json(self.path / "run.json", options | {"inputs": inputs})
-
-    def log(self, name: str, *rows: dict | None) -> None:
-        """Appends rows to a log (first process only); what is not finite is left out."""
-        finite = [{name: value for name, value in row.items()
-                   if not isinstance(value, float) or math.isfinite(value)} for row in rows if row]
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in finite]
-        if self.rank == 0 and lines:
-            with open(self.path / name, "a") as out:
-                out.write("".join(lines))
-
-    def save(self, step: int, keep: int, patience: dict, state: Callable[[], dict]) -> None:
-        """A checkpoint of `state()` after `step` steps; the newest `keep` stay."""
-        import torch.distributed.checkpoint as dcp
-        with replacing(self.path / "checkpoints" / f"step-{step:06d}") as aside:
-            dcp.save(state(), checkpoint_id=aside)
-            mine = [*aside.glob(f"__{self.rank}_*"), *([aside / ".metadata"] * (self.rank == 0))]
-            parts = all_gather({file.name: file_digest(file) for file in mine})
-            if self.rank == 0:
-                about = {"step": step, "patience": patience, "logs": {}, "files": ChainMap(*parts)}
-                for name in self.LOGS:
-                    with open(self.path / name, "ab") as log:
-                        os.fsync(log.fileno())
-                        about["logs"][name] = log.tell()
-                write_json(aside / "state.json", about | {"files": dict(about["files"])})
-        for old in checkpoints(self.path)[:-keep] if self.rank == 0 else []:
-            shutil.rmtree(old)
-
-    def resume(self, load: Callable[[Path], None]) -> tuple[int, dict]:
-        """Loads the newest intact checkpoint and cuts the logs to it; (steps done, patience).
-
-        A damaged one is set aside, under another name. ValueError if there are checkpoints and none
-        is intact: to begin again would lose what the logs say.
-        """
-        places, about = checkpoints(self.path), {"step": 0, "patience": {}, "logs": {}}
-        all_gather(None)  # everyone has looked
-        for place in reversed(places):
-            if problem := next(filter(None, all_gather(self._damage(place))), None):
-                print0(f"{place.name} is damaged ({problem}): set aside, using the one before it")
-                if self.rank == 0:
-                    place.rename(place.with_name(f"damaged-{time.time_ns()}-{place.name}"))
-                continue
-            load(place)
-            about = json.loads((place / "state.json").read_text())
-            print0(f"{self.path}: going on after step {about['step']}")
-            break
-        else:
-            if begun(self.path):
-                raise ValueError(f"{self.path}/checkpoints: no checkpoint is intact; mend one, or "
-                                 "choose another --out")
-        for name in self.LOGS if self.rank == 0 else ():
-            with open(self.path / name, "ab") as log:
-                log.truncate(min(log.tell(), about["logs"].get(name, 0)))
-        all_gather(None)
-        return about["step"], about["patience"]
-
-    def _damage(self, place: Path) -> str | None:
-        """What is wrong with a checkpoint's files; each process reads its share."""
-        try:
-            files = json.loads((place / "state.json").read_text())["files"]
-            mine = sorted(files)[self.rank:: self.world]
-            wrong = [name for name in mine if file_digest(place / name) != files[name]]
-        except (OSError, ValueError, KeyError) as error:
-            return f"{type(error).__name__}: {error}"
-        return f"checksum of {wrong[0]}" if wrong else None
+def identify(setup: Setup, corpus: str, left: int) -> None:
+    """Writes run.json: all options, and fingerprints of what the run is made of, `corpus` its
+    corpus's. ValueError if none is `left` to train on, or if the folder's run, once a step of it is
+    finished, was another one."""
+    if not left:
+        raise ValueError(f"{setup.run.corpus}: --holdout {setup.run.holdout} leaves no document to "
+                         "train on")
+    options, file, changed = asdict(setup.run), setup.out / "run.json", []
+    if is_first():  # it alone reads the weights, and once where the proxy is the model
+        content = cache(fingerprint)
+        inputs = {"corpus": corpus, "model": content(setup.source), "proxy": content(setup.proxy)}
+        if checkpoints(setup.out):
+            before = read_json(file)
+            changed = [f"{name} was {before.get(name)!r}, now {value!r}"
+                       for name, value in sorted(options.items())
+                       if before.get(name) != value and name not in FREE]
+            changed += [f"the content of the {name} is another one"
+                        for name, value in inputs.items() if before["inputs"].get(name) != value]
+    if changed := all_gather(changed)[0]:
+        raise ValueError(f"{setup.out} belongs to another configuration ({', '.join(changed)}); "
+                         "choose another --out or delete it")
+    if is_first():
+        for name in ("model", "corpus", "proxy", "cache"):
+            if options[name] and Path(options[name]).exists():  # may move together with the folder
+                options[name] = os.path.relpath(options[name], setup.out)
+        write_json(file, options | {"inputs": inputs})
 
 
-def file_digest(file: Path) -> str:
-    """BLAKE2 of a file's content."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(out.glob("checkpoints/step-*"))
 
 
 def write_json(file: Path, value: object) -> None:
@@ -411,25 +288,128 @@ def write_json(file: Path, value: object) -> None:
     aside.replace(file)
 
 
-def print0(text: str) -> None:
-    """Prints a line, once for all processes, without breaking a progress bar."""
-    if rank_and_world()[0] == 0:
-        tqdm.write(text)
+@contextlib.contextmanager
+def replacing(place: Path) -> Iterator[Path]:
+    """A folder for all processes to write to, beside `place`, that takes its place when
+    complete."""
+    aside = place.with_name("unfinished")
+    if is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+    all_gather(None)
+    yield aside
+    all_gather(None)
+    if is_first():
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+    all_gather(None)
+
+
+def log(file: Path, step: int, *rows: dict) -> None:
+    """Appends to a log what is not empty of rows about a step (first process only), without numbers
+    that are not finite."""
+    lines = []
+    for row in filter(None, rows):
+        finite = {name: value for name, value in row.items()
+                  if not isinstance(value, float) or math.isfinite(value)}
+        lines.append(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+    if is_first():
+        with open(file, "a") as out:
+            out.writelines(lines)
+
+
+def save(out: Path, keep: int, so_far: dict, state: dict) -> None:
+    """A checkpoint of `state` and of what there is so_far; the newest `keep` stay."""
+    with replacing(out / "checkpoints" / f"step-{so_far['step']:09d}") as aside:
+        dcp.save(state, checkpoint_id=aside)
+        if is_first():
+            logs = {}
+            for name in LOGS:
+                with open(out / name, "ab") as file:
+                    os.fsync(file.fileno())
+                    logs[name] = file.tell()
+            about = so_far | {"logs": logs, "content": content_of(aside)}
+            write_json(aside / "state.json", about)
+    if is_first():
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+
+
+def content_of(checkpoint: Path) -> str:
+    """A fingerprint of what torch wrote; its files are read side by side."""
+    with ThreadPoolExecutor() as pool:
+        files = sorted(checkpoint.glob("*.distcp"))
+        return fingerprint(*pool.map(fingerprint, [*files, checkpoint / ".metadata"]))
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are those that were written."""
+    intact = False
+    if is_first():
+        with contextlib.suppress(OSError, ValueError):  # what cannot be read is damaged
+            intact = read_json(checkpoint / "state.json").get("content") == content_of(checkpoint)
+    return all_gather(intact)[0]
+
+
+def newest_intact(out: Path) -> Path | None:
+    """The newest checkpoint that is intact, None before the first; damaged ones are set aside,
+    under another name.
+
+    ValueError if there are checkpoints and none is intact: to begin again would lose what the logs
+    say.
+    """
+    places = checkpoints(out)
+    damaged = list(itertools.takewhile(lambda place: not is_intact(place), reversed(places)))
+    if len(damaged) == len(places) > 0:
+        raise ValueError(f"{out}/checkpoints: no checkpoint is intact; mend one, or choose another "
+                         "--out")
+    for place in damaged:
+        print0(f"{place.name} is damaged: set aside, using the one before it")
+        if is_first():
+            place.rename(place.with_name(f"damaged-{time.time_ns()}-{place.name}"))
+    return places[-1 - len(damaged)] if places else None
+
+
+@dataclass
+class Trained:
+    """What a checkpoint holds of a policy, by the names and in the shards that torch gives."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict:
+        """Weights and moments."""
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optimizer": moments}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes them back, on any number of processes."""
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+
+
+def resume(out: Path, state: dict) -> dict:
+    """Goes back to the newest intact checkpoint and cuts the logs to it; what there was so far."""
+    about = {"step": 0, "strikes": 0, "idle": 0, "logs": {}}
+    if place := newest_intact(out):
+        about = read_json(place / "state.json")
+        dcp.load(state, checkpoint_id=place)
+        print0(f"{out}: going on after step {about['step']}")
+    for name in LOGS if is_first() else ():
+        with open(out / name, "ab") as file:
+            file.truncate(min(file.tell(), about["logs"].get(name, 0)))
+    return about
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or SIGINT joins, as a request to stop after the step. A second
-    one, a second later, acts at once: torchrun passes a Ctrl-C on that we have had already."""
+    """A list that SIGTERM and SIGINT join, as requests to stop after the step. The third acts at
+    once: torchrun passes a Ctrl-C on that we have had already."""
     requests: list[int] = []
-    began: list[float] = []
 
     def note(number: int, frame) -> None:
-        if not began or time.monotonic() < began[0] + 1:
-            began.append(time.monotonic())
-            return requests.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        requests.append(number)
+        if len(requests) > 2:
+            raise KeyboardInterrupt
 
     before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -442,76 +422,68 @@ def stop_requests() -> Iterator[list[int]]:
 # ---------------------------------------------------------------------------- figures of a step
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over all processes' groups, those that dynamic sampling replaced among them: what the
-    policy said and earned. `informative_expected` is the mean of 1 - p^G - (1 - p)^G, p being a
-    question's pass rate."""
-    said = [(reward, reward >= 1, len(c.ids), not c.finished,
-             c.finished and extract_prediction(text) is not None)
-            for group in groups
-            for reward, text, c in zip(group.rewards, group.responses, group.completions)]
-    asked = []
-    for group in groups:
-        size = len(group.rewards)
-        p = sum(reward >= 1 for reward in group.rewards) / size
-        asked.append((group.kept, p == 1, p == 0, 1 - p**size - (1 - p) ** size))
-    said, asked = np.array(said).reshape(-1, 5), np.array(asked).reshape(-1, 4)
-    responses, drawn, *sums = all_sum(len(said), len(asked), *said.sum(0), *asked.sum(0))
-    names = ("reward", "accuracy", "length", "truncated", "parsed", "kept", "all_right",
-             "all_wrong", "informative_expected")
-    means = np.array(sums) / np.repeat((max(responses, 1), max(drawn, 1)), (5, 4))
-    longest = max(all_gather(max(said[:, 2], default=0.0)))
-    return dict(zip(names, means.tolist())) | {
-        "groups": drawn, "responses": responses, "length_max": float(longest)}
-
-
-def costs(model: Transformer, groups: Sequence[Group], method: Method, timing: dict) -> dict:
-    """What a step took: tokens and FLOPs of all processes, and the seconds of the slowest one."""
-    trained = [group for group in groups if group.kept and group.informative]
-    flops = group_flops(model, groups) + 3 * method.updates * group_flops(model, trained)
-    learned = method.updates * sum(len(c.ids) for group in trained for c in group.completions)
-    tokens = all_sum(timing["prefill_tokens"], timing["decode_tokens"], learned, flops)
-    names = ("prefill", "decode", "train")
-    seconds = [timing["prefill_seconds"], timing["decode_seconds"], timing["train"]]
-    slowest = [max(column) for column in zip(*all_gather([timing["rollout"], *seconds]))]
-    speeds = {f"{name}_tokens_per_s": n / max(s, 1e-9)
-              for name, n, s in zip(names, tokens, slowest[1:])}
-    return {"prefill_tokens": tokens[0], "decode_tokens": tokens[1], "flops": tokens[3],
-            "time": dict(zip(("rollout", *names), slowest)) | speeds}
-
-
-def group_flops(model: Transformer, groups: Sequence[Group]) -> float:
-    """Floating-point operations of a forward pass over groups, each prompt computed once."""
-    total = 0.0
-    for group in groups:
-        prompt, tokens = len(group.prompt), sum(len(c.ids) for c in group.completions)
-        attended = prompt + tokens / len(group.completions) / 2
-        total += forward_flops(model.config, prompt, prompt / 2)
-        total += forward_flops(model.config, tokens, attended)
-    return total
-
-
-def rollout_rows(step: int, groups: Sequence[Group], policy: Policy, limit: int) -> list[dict]:
+def rollout_rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
     """What rollouts.jsonl says about a step, a row per response, of all processes."""
-    def text(content: bytes | None) -> str | None:
-        return None if content is None else content.decode(errors="backslashreplace")
-
-    rows = []
+    text, rows = evaluation.text, []
     for group in groups:
         question = group.question
-        about = {"step": step, "question": list(group.number), "document": question.document,
+        about = {"question": list(group.number), "document": question.document,
                  "position": question.position, "entropy": question.entropy, "kept": group.kept,
-                 "context": text(policy.tokenizer.bytes_of(question.context[-48:])),
+                 "context": text(tokenizer.bytes_of(question.context[-48:])),
                  "truth": question.answer or text(b"".join(question.truth[:4]))}
         for c, response, reward, advantage in zip(
                 group.completions, group.responses, group.rewards, group.advantages):
-            said = {"response": text(response), "reward": reward, "advantage": advantage,
-                    "prediction": text(extract_prediction(response)) if c.finished else None,
-                    "finished": c.finished, "tokens": len(c.ids)}
-            rows.append(about | said)
+            prediction = extract_prediction(response) if c.finished else None
+            rows.append(about | {
+                "response": text(response), "reward": reward, "advantage": advantage,
+                "prediction": None if prediction is None else text(prediction),
+                "finished": c.finished, "tokens": len(c.ids)})
     rows = [row for part in all_gather(rows) for row in part]
-    rows = [row for row in rows if limit < 0 or row["question"][1] < limit]
     return sorted(rows, key=lambda row: row["question"])
+
+
+def rollout_metrics(rows: Sequence[dict], group_size: int) -> dict[str, float]:
+    """Means over a step's rollouts, those that dynamic sampling replaced among them: what the
+    policy said and earned. `informative_expected` is the mean of 1 - p^G - (1 - p)^G, p being a
+    question's pass rate."""
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows])
+
+    right = column("reward") >= 1
+    p = right.reshape(-1, group_size).mean(1)  # [Q]
+    figures = {
+        "reward": column("reward"), "accuracy": right, "length": column("tokens"),
+        "truncated": ~column("finished"), "kept": column("kept"),
+        "parsed": [row["prediction"] is not None for row in rows],
+        "all_right": p == 1, "all_wrong": p == 0,
+        "informative_expected": 1 - p**group_size - (1 - p) ** group_size}
+    means = {name: float(np.mean(values)) for name, values in figures.items()}
+    longest = max(row["tokens"] for row in rows)
+    return means | {"groups": len(p), "responses": len(rows), "length_max": longest}
+
+
+def costs(model: Transformer, groups: Sequence[Group], updates: int, timing: dict) -> dict:
+    """What a step took: tokens and FLOPs of all processes, each prompt computed once for its group,
+    and the seconds of the slowest one."""
+    flops, trained = 0.0, 0
+    for group in groups:
+        prompt, tokens = len(group.prompt), sum(len(c.ids) for c in group.completions)
+        attended = prompt + tokens / len(group.completions) / 2
+        forward = (forward_flops(model.config, prompt, prompt / 2)
+                   + forward_flops(model.config, tokens, attended))
+        learned = updates * (group.kept and group.informative)
+        flops += forward * (1 + 3 * learned)
+        trained += tokens * learned
+    prefill, decode, trained, flops = all_sum(timing["prefill_tokens"], timing["decode_tokens"],
+                                              trained, flops)
+    parts = all_gather(timing)
+    seconds = {name: max(part[name] for part in parts)
+               for name in ("rollout", "prefill_seconds", "decode_seconds", "train")}
+    speeds = {"prefill_tokens_per_s": prefill / max(seconds["prefill_seconds"], 1e-9),
+              "decode_tokens_per_s": decode / max(seconds["decode_seconds"], 1e-9),
+              "train_tokens_per_s": trained / max(seconds["train"], 1e-9)}
+    return {"prefill_tokens": prefill, "decode_tokens": decode, "flops": flops,
+            "time": seconds | speeds}
 
 
 def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> None:
@@ -528,28 +500,23 @@ def show(run: Run, step: int, rows: list[dict], metrics: dict, bar: tqdm) -> Non
     bar.update()
 
 
-class Patience:
-    """Ends a run whose numbers are not finite, and says once that steps teach nothing."""
-
-    def __init__(self, strikes: int = 0, idle: int = 0):
-        self.strikes = strikes  # steps in a row that were skipped
-        self.idle = idle  # steps in a row without an informative group
-
-    def see(self, step: int, metrics: dict) -> None:
-        """FloatingPointError after STRIKES skipped steps in a row; a warning joins the metrics."""
-        self.strikes = self.strikes + 1 if metrics["skipped"] else 0
-        if self.strikes:
-            print0(f"step {step}: a loss, gradient or log-probability is not finite; "
-                   "the weights stay as they were")
-        if self.strikes == STRIKES:
-            raise FloatingPointError(
-                f"{STRIKES} steps in a row had a non-finite loss, gradient or log-probability: "
-                "lower --lr; the same command goes on from the last good checkpoint")
-        self.idle = 0 if metrics.get("informative", 1) else self.idle + 1
-        if self.idle == PATIENCE:
-            metrics["warning"] = (f"no group was informative for {PATIENCE} steps, nothing is "
-                                  f"learned: {nothing_learned(metrics)}")
-            print0(f"step {step}: {metrics['warning']}")
+def watch(step: int, metrics: dict, so_far: dict) -> None:
+    """Ends a run whose numbers are not finite, and says once that steps teach nothing, in the
+    metrics too. so_far counts `strikes`, steps in a row that were skipped, and `idle` ones, without
+    an informative group. FloatingPointError after PATIENCE strikes."""
+    so_far["strikes"] = so_far["strikes"] + 1 if metrics["skipped"] else 0
+    so_far["idle"] = 0 if metrics.get("informative", 1) else so_far["idle"] + 1
+    if so_far["strikes"]:
+        print0(f"step {step}: a loss, gradient or log-probability is not finite; "
+               "the weights stay as they were")
+    if so_far["strikes"] == PATIENCE:
+        raise FloatingPointError(
+            f"{PATIENCE} steps in a row had a non-finite loss, gradient or log-probability: "
+            "lower --lr; the same command goes on from the last good checkpoint")
+    if so_far["idle"] == PATIENCE:
+        metrics["warning"] = (f"no group was informative for {PATIENCE} steps, nothing is "
+                              f"learned: {nothing_learned(metrics)}")
+        print0(f"step {step}: {metrics['warning']}")
 
 
 def nothing_learned(metrics: dict) -> str:
@@ -566,205 +533,146 @@ def nothing_learned(metrics: dict) -> str:
 # ------------------------------------------------------------------------------------------ stages
 
 
-def training_state(model: Transformer, optimizer: torch.optim.Optimizer,
-                   extra: dict[str, torch.nn.Module]) -> dict:
-    """What a checkpoint holds: weights, moments, and the weights of whatever else is kept."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    weights, moments = get_state_dict(model, optimizer)
-    more = {name: module.state_dict() for name, module in extra.items()}
-    return {"model": weights, "optimizer": moments} | ({"extra": more} if more else {})
-
-
-def load_state(place: Path, model: Transformer, optimizer: torch.optim.Optimizer,
-               extra: dict[str, torch.nn.Module]) -> None:
-    """Reads a checkpoint back, into any number of processes."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-    state = training_state(model, optimizer, extra)
-    dcp.load(state, checkpoint_id=place)
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
-
-
-def train(setup: Setup, inputs: dict[str, str], one_step: Callable,
-          evaluate: Callable[[Policy, int], dict | None],
-          extra: Callable[[Policy], dict] | None = None) -> Policy:
+def train(setup: Setup, items: Sequence, evaluate: Callable[[Policy], dict], one_step: Callable,
+          reward: Callable | None = None, extra: Callable[[Policy], dict] | None = None) -> None:
     """The loop of every stage: step, logs, evaluation, checkpoint; the policy is also exported.
 
-    inputs: fingerprints of what the run is made of. one_step(policy, optimizer, step) gives groups
-    and metrics; evaluate(policy, step) a row of evals.jsonl, before the first step and after each
-    --eval-every; extra(policy) further modules by name that a checkpoint has to hold.
+    items: what each step draws from. evaluate(policy) gives what evals.jsonl says before the first
+    step and after each --eval-every. one_step, reward, extra: see `main`.
     """
-    run, options = setup.run, settings(setup.run, setup.method)
-    with RunFolder(setup.out, options, inputs) as folder, stop_requests() as requests:
-        policy = Policy(build(setup.source, run, setup.device), setup.tokenizer)
-        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr,
-                                      betas=(0.9, run.beta2), weight_decay=run.weight_decay)
-        trained = policy.model, optimizer, extra(policy) if extra else {}
-        begin, seen = folder.resume(lambda place: load_state(place, *trained))
-        if begin == 0:
-            folder.log("evals.jsonl", evaluate(policy, 0))
-        patience = Patience(**seen)
-        bar = tqdm(total=run.steps, initial=begin, desc=run.stage, unit="step",
-                   disable=folder.rank > 0, mininterval=0.5)
-        for step in range(begin, run.steps):
-            groups, metrics = one_step(policy, optimizer, step)
-            rows, done = rollout_rows(step, groups, policy, run.log_questions), step + 1
-            patience.see(step, metrics)
-            folder.log("rollouts.jsonl", *rows)
-            folder.log("metrics.jsonl", {"step": step} | metrics)
+    run, out = setup.run, setup.out
+    policy = Policy(build(setup.source, run, setup.device), setup.tokenizer)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr, betas=(0.9, run.beta2),
+                                  weight_decay=run.weight_decay)
+    state = {"policy": Trained(policy.model, optimizer)} | (extra(policy) if extra else {})
+    so_far = resume(out, state)
+
+    def draw(step: int, retry: int) -> list:
+        chosen = data.random_indices(len(items), run.seed, step, retry, run.questions)
+        return [items[n] for n in chosen]
+
+    if so_far["step"] == 0:
+        log(out / "evals.jsonl", 0, evaluate(policy))
+    with stop_requests() as requests, tqdm(
+            total=run.steps, initial=so_far["step"], desc=run.stage, unit="step",
+            disable=not is_first(), mininterval=0.5) as bar:
+        for step in range(so_far["step"], run.steps):
+            groups, metrics = one_step(policy, optimizer, draw, step, run, reward, run.seed)
+            if rows := rollout_rows(groups, policy.tokenizer):
+                metrics |= rollout_metrics(rows, run.group_size)
+                metrics |= costs(policy.model, groups, run.updates, metrics["time"])
+            done = so_far["step"] = step + 1
+            watch(step, metrics, so_far)
+            log(out / "rollouts.jsonl", step, *rows)
+            log(out / "metrics.jsonl", step, metrics)
             if done == run.steps or run.eval_every and done % run.eval_every == 0:
-                folder.log("evals.jsonl", evaluate(policy, done))
+                log(out / "evals.jsonl", done, evaluate(policy))
             show(run, step, rows, metrics, bar)
             stopping = max(all_gather(max(requests, default=0)))
             if stopping or done == run.steps or done % run.save_every == 0:
-                folder.save(done, run.keep, vars(patience), lambda: training_state(*trained))
+                save(out, run.keep, so_far, state)
             if stopping and done < run.steps:
                 print0(f"stopped by {signal.Signals(stopping).name} after step {step}; "
                        "the same command goes on from there")
                 sys.exit(128 + stopping)
-        bar.close()
-        export(policy, setup.out / "model")
-    return policy
-
-
-def export(policy: Policy, directory: Path) -> None:
-    """The trained model as a Hugging Face directory, complete or absent."""
-    with replacing(directory) as aside:
+    with replacing(out / "model") as aside:
         save_pretrained(policy.model, aside, policy.tokenizer)
-    print0(f"model written to {directory}")
+    print0(f"model written to {out / 'model'}")
 
 
-def next_token_step(model: Transformer, optimizer: torch.optim.Optimizer,
-                    sequences: Sequence[tuple[Sequence[int], int]], method: Method) -> dict:
-    """One step of next-token prediction on (ids, first) pairs, the same list on every process: the
-    paper's baseline, and supervised training. Each token from index `first` on, at least 1, counts
-    the same.
+def next_token_step(policy: Policy, optimizer: torch.optim.Optimizer,
+                    draw: Callable[[int, int], Sequence], step: int, method: Method,
+                    *_) -> tuple[list[Group], dict]:
+    """A step like rpt_step, of next-token prediction: the paper's baseline, supervised training.
 
-    It is the gradient of a policy that is rewarded for what stands there: what precedes `first` is
-    the prompt, what follows a response whose advantage is 1.
+    What is drawn are pairs (ids, first): each token from index `first` on, at least 1, counts the
+    same. It is the gradient of a policy that is rewarded for what stands there: what precedes
+    `first` is the prompt, what follows a response whose advantage is 1.
     """
     (rank, world), begin = rank_and_world(), time.perf_counter()
-    trained = sum(len(ids) - max(first, 1) for ids, first in sequences)
+    sequences, examples = draw(step, 0), []
     total = sum(len(ids) for ids, _ in sequences)
-    examples = []
+    trained = total - sum(first for _, first in sequences)
     for ids, first in sequences[rank::world]:
-        response = ids[max(first, 1):]
-        learned = Response(response, [0.0] * len(response), advantage=1.0, weight=1 / trained)
-        examples.append((ids[: max(first, 1)], [learned]))
+        learned = Response(ids[first:], [0.0] * (len(ids) - first), 1.0, weight=1 / trained)
+        examples.append((ids[:first], [learned]))
     optimizer.zero_grad(set_to_none=True)
-    plain = dataclasses.replace(method, temperature=1.0, updates=1)
-    metrics = optimizer_step(model, optimizer, accumulate(model, examples, plain), method.grad_clip)
+    figures = accumulate(policy.model, examples, replace(method, temperature=1.0, updates=1))
+    metrics = optimizer_step(policy.model, optimizer, figures, method.grad_clip)
     if not metrics["skipped"]:
         metrics["loss"] = metrics["nll"]
     seconds = time.perf_counter() - begin
-    return metrics | {"flops": 3 * forward_flops(model.config, total, total / len(sequences) / 2),
-                      "time": {"train": seconds, "train_tokens_per_s": trained / seconds}}
+    flops = 3 * forward_flops(policy.model.config, total, total / len(sequences) / 2)
+    return [], metrics | {"flops": flops, "time": {"train": seconds,
+                                                   "train_tokens_per_s": trained / seconds}}
 
 
-def check_left(count: int, run: Run) -> None:
-    """ValueError if what is held out leaves nothing."""
-    if not count:
-        raise ValueError(f"{run.corpus}: --holdout {run.holdout} leaves no document to train on")
-
-
-def ntp_stage(setup: Setup) -> Policy:
-    """Next-token prediction on a corpus: plain text, or the responses of prompt and response
-    rows."""
-    run, method = setup.run, setup.method
+def texts(setup: Setup) -> tuple[Sequence, Callable[[Policy], dict]]:
+    """What stage ntp trains on and how it is evaluated: plain texts, or the responses of prompt and
+    response rows; the perplexity of what is held out."""
+    run = setup.run
     corpus = data.load_corpus(run.corpus, setup.tokenizer, setup.cache, run.holdout, run.seed)
-    sequences = data.sequences(corpus, method.max_prompt)
-    check_left(len(sequences), run)
+    sequences = data.sequences(corpus, run.max_prompt)
+    identify(setup, corpus.fingerprint, len(sequences))
 
-    def one_step(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> tuple[list, dict]:
-        chosen = data.random_indices(len(sequences), run.seed, step, 0, method.questions)
-        batch = [sequences[n] for n in chosen]
-        return [], next_token_step(policy.model, optimizer, batch, method)
-
-    def evaluate(policy: Policy, step: int) -> dict | None:
+    def evaluate(policy: Policy) -> dict:
         if not (run.eval_questions and run.holdout):
-            return None
-        found = evaluation.perplexity(policy.model, corpus, method.max_prompt)
-        print0("step {}: held-out perplexity {:.3f}".format(step, found[0]))
-        return {"step": step, "perplexity": found}
+            return {}
+        found = evaluation.perplexity(policy.model, corpus, run.max_prompt)
+        print0(f"held-out perplexity {found[0]:.3f}")
+        return {"perplexity": found}
 
-    inputs = {"corpus": corpus.fingerprint, "model": fingerprint(setup.source)}
-    return train(setup, inputs, one_step, evaluate)
+    return sequences, evaluate
 
 
-def rl_stage(setup: Setup, reward: Callable, one_step: Callable,
-             extra: Callable[[Policy], dict] | None) -> Policy:
-    """RPT on the selected positions of a corpus (rpt), or on its questions and answers (rlvr); then
-    the table of accuracies before and after."""
-    run, method, tokenizer = setup.run, setup.method, setup.tokenizer
-    inputs = {"model": fingerprint(setup.source)}
+def questions(setup: Setup) -> tuple[Sequence[Question], Callable[[Policy], dict]]:
+    """What RL trains on and how it is evaluated: the selected positions of a corpus (rpt), or its
+    questions and answers (rlvr); those that are held out, --answers and --choices."""
+    run, tokenizer = setup.run, setup.tokenizer
     if run.stage == "rlvr":
-        questions, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
-        check_left(len(questions), run)
-        inputs["corpus"] = fingerprint(*((q.context, q.answer) for q in (*questions, *held)))
+        asked, held, about = data.answer_sets(run.corpus, tokenizer, run.holdout, run.seed)
+        contents = fingerprint(*((q.context, q.answer) for q in (*asked, *held)))
+        identify(setup, contents, len(asked))
     else:
         corpus = data.load_corpus(run.corpus, tokenizer, setup.cache, run.holdout, run.seed)
-        check_left((corpus.split == data.TRAIN).sum(), run)
-        proxy = resolve(run.proxy or setup.source)
+        identify(setup, corpus.fingerprint, (corpus.split == data.TRAIN).sum())
+        proxy = evaluation.Proxy(setup.proxy, setup.cache, run.max_prompt, setup.device,
+                                 DTYPES[run.dtype])
         where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
                                run.region, run.seed)
-        questions, held, about = evaluation.question_sets(
-            corpus, evaluation.Proxy(proxy, setup.cache, method.max_prompt, setup.device,
-                                     DTYPES[run.dtype]), where)
-        inputs |= {"corpus": corpus.fingerprint, "proxy": fingerprint(proxy)}
+        asked, held, about = evaluation.question_sets(corpus, proxy, where)
     print0(about)
+    held = evaluation.subset(held, run.eval_questions, run.seed)
+    exams = {"held-out": (evaluation.evaluate, held, run),
+             "answers": (evaluation.evaluate, setup.answers, replace(run, template="plain")),
+             "choices": (evaluation.multiple_choice, setup.choices, run)}
 
-    def step_of_run(policy: Policy, optimizer: torch.optim.Optimizer,
-                    step: int) -> tuple[list[Group], dict]:
-        def draw(step: int, retry: int) -> list[Question]:
-            chosen = data.random_indices(len(questions), run.seed, step, retry, method.questions)
-            return [questions[n] for n in chosen]
-        groups, metrics = one_step(policy, optimizer, draw, step, method, reward, run.seed)
-        costs_of = costs(policy.model, groups, method, metrics["time"])
-        return groups, metrics | rollout_metrics(groups) | costs_of
+    def evaluate(policy: Policy) -> dict:
+        found = {}
+        for name, (chosen, method) in exams.items():
+            if chosen:
+                records = evaluation.evaluate(policy, chosen, method, seed=run.seed)
+                found[name] = evaluation.summary(records)
+        return found
 
-    exams = Exams(setup, evaluation.subset(held, run.eval_questions, run.seed))
-    policy = train(setup, inputs, step_of_run, exams.sit, extra)
-    print0(evaluation.growth(setup.out))
-    return policy
-
-
-class Exams:
-    """What a run is asked: held-out questions, and before and after also --answers and
-    --choices."""
-
-    def __init__(self, setup: Setup, held: Sequence[Question]):
-        self.run, count = setup.run, setup.run.eval_questions
-        plain = dataclasses.replace(setup.method, template="plain")
-        answers = evaluation.answer_questions(self.run.answers, setup.tokenizer)
-        choices = evaluation.read_choices(self.run.choices, setup.tokenizer)
-        self.exams = {"held-out": (held, setup.method), "answers": (answers[:count], plain),
-                      "choices": (choices[:count], plain)}
-
-    def sit(self, policy: Policy, step: int) -> dict | None:
-        """A row of evals.jsonl: a summary by exam."""
-        summaries = {}
-        for name, (questions, method) in self.exams.items():
-            if len(questions) and (name == "held-out" or step in (0, self.run.steps)):
-                records = evaluation.evaluate(policy, questions, method, seed=self.run.seed)
-                summaries[name] = evaluation.summary(records)
-        return {"step": step} | summaries if summaries else None
+    return asked, evaluate
 
 
 def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
          one_step: Callable = rpt.rpt_step, extra: Callable[[Policy], dict] | None = None) -> None:
     """The command line. A program of your own may bring a reward(responses, question, policy), a
     step with rpt_step's arguments, and extra(policy): modules by name that checkpoints hold too."""
-    run, method = parse(argv)
-    from torch.distributed.checkpoint.api import CheckpointException  # takes a second to import
+    run = parse(argv)
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process
     try:
-        setup = prepare(run, method)
+        setup = prepare(run)
         start(run, setup.device)
-        if run.stage == "ntp":
-            ntp_stage(setup)
-        else:
-            rl_stage(setup, reward or REWARDS[run.reward], one_step, extra)
+        with claimed(setup.out):
+            if run.stage == "ntp":
+                train(setup, *texts(setup), next_token_step)
+            else:
+                train(setup, *questions(setup), one_step, reward or REWARDS[run.reward], extra)
+                print0(evaluation.growth(setup.out))
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from what is there")
     except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ import torch
 
 import train
 from model import DTYPES, Transformer, forward_flops, read_config, resolve
-from rpt import Method, head_chunk
+from rpt import head_chunk
 
 GB = 1e9
 USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, or between allocations
@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                                  ("response-tokens", 900, "mean length of a response")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
     machine, rest = parser.parse_known_args(argv)
-    run, method = train.parse([*rest, "--corpus", "-"])
+    run = train.parse([*rest, "--corpus", "-"])
     try:
         with torch.device("meta"):
             model = Transformer(read_config(resolve(run.model)))
     except (ValueError, OSError) as error:
         sys.exit(f"paper.plan: error: {error}")
-    parts = training_memory(model, run, method, machine.processes)
+    parts = training_memory(model, run, machine.processes)
     fixed = parts["master weights"] + parts["optimizer"] + parts["rollout weights"]
     training = sum(parts.values()) - parts["rollout weights"]
-    memory, cache = USABLE * GB * machine.memory, cache_tokens(method, machine.processes)
+    memory, cache = USABLE * GB * machine.memory, cache_tokens(run, machine.processes)
     c = model.config
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DTYPES[run.dtype].itemsize
     room = int((memory - fixed) / kv)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           + ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items()))
     print(f"rollout {(fixed + cache * kv) / GB:.1f} with keys and values of {cache:,} tokens; "
           f"training {training / GB:.1f}")
-    if room < method.max_prompt + method.max_response:
+    if room < run.max_prompt + run.max_response:
         print("DOES NOT FIT: weights and optimizer leave no room for keys and values: more "
               "processes or memory, or a smaller model")
     elif cache > room:
@@ -58,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if training > memory:
         print("DOES NOT FIT: training needs less --micro-tokens, --checkpoint-activations or more "
               "processes")
-    print(flops(model, run, method, machine))
+    print(flops(model, run, machine))
 
 
-def training_memory(model: Transformer, run: train.Run, method: Method,
-                    processes: int) -> dict[str, float]:
+def training_memory(model: Transformer, run: train.Run, processes: int) -> dict[str, float]:
     """Bytes of each process by what they hold."""
     c, width, size = model.config, DTYPES[run.dtype].itemsize, run.shard_group or processes
     whole = sum(p.numel() for p in model.parameters())
@@ -71,10 +70,10 @@ def training_memory(model: Transformer, run: train.Run, method: Method,
     # the root stays, and a block is fetched while another computes
     gathered = whole - (c.num_hidden_layers - 2) * block
     kv, heads = 2 * c.num_key_value_heads * c.head_dim, c.num_attention_heads * c.head_dim
-    inner = method.micro_tokens * width * (6 * c.hidden_size + 2 * heads + 4 * c.intermediate_size)
+    inner = run.micro_tokens * width * (6 * c.hidden_size + 2 * heads + 4 * c.intermediate_size)
     kept = inner
     if run.checkpoint_activations:
-        kept = method.micro_tokens * width * (c.hidden_size + kv)
+        kept = run.micro_tokens * width * (c.hidden_size + kv)
     chunk = head_chunk(c.vocab_size, torch.device("cuda"))
     return {"master weights": 4 * mine, "gradients": 4 * mine, "optimizer": 8 * mine,
             "rollout weights": width * whole,
@@ -83,22 +82,22 @@ def training_memory(model: Transformer, run: train.Run, method: Method,
             "logits and head gradient": 4 * c.vocab_size * (4 * chunk + c.hidden_size)}
 
 
-def cache_tokens(method: Method, processes: int) -> int:
+def cache_tokens(run: train.Run, processes: int) -> int:
     """Tokens whose keys and values a process may hold: its bound, or the longest there can be."""
-    rows = min(method.max_rows, -(-method.questions * method.group_size // processes))
-    prompts = -(-rows // method.group_size)
-    worst = rows * method.max_response + prompts * method.max_prompt
-    return min(worst, method.cache_tokens or worst)
+    rows = min(run.max_rows, -(-run.questions * run.group_size // processes))
+    prompts = -(-rows // run.group_size)
+    worst = rows * run.max_response + prompts * run.max_prompt
+    return min(worst, run.cache_tokens or worst)
 
 
-def flops(model: Transformer, run: train.Run, method: Method, machine: argparse.Namespace) -> str:
+def flops(model: Transformer, run: train.Run, machine: argparse.Namespace) -> str:
     """The work of a step in which every group is informative."""
     prompt, response = machine.prompt_tokens, machine.response_tokens
-    group = method.group_size
-    prefill = method.questions * forward_flops(model.config, prompt, prompt / 2)
-    decode = method.questions * forward_flops(model.config, group * response, prompt + response / 2)
-    learn = (4 if run.checkpoint_activations else 3) * method.updates * (prefill + decode)
-    return (f"a step of {method.questions * (prompt + group * response):,} tokens: "
+    group = run.group_size
+    prefill = run.questions * forward_flops(model.config, prompt, prompt / 2)
+    decode = run.questions * forward_flops(model.config, group * response, prompt + response / 2)
+    learn = (4 if run.checkpoint_activations else 3) * run.updates * (prefill + decode)
+    return (f"a step of {run.questions * (prompt + group * response):,} tokens: "
             f"{prefill + decode + learn:.2e} FLOP (prefill {prefill:.2e}, decode {decode:.2e}, "
             f"training {learn:.2e})")
 

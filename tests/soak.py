@@ -1,16 +1,12 @@
-"""Kills a run with SIGKILL at random moments, restarts it with the same command, and compares with
-the undisturbed run.
+"""Kills a run with SIGKILL at random moments, restarts it with the same command, and compares what
+it leaves with the undisturbed run: metrics without times, rollouts, evaluations, weights.
 
-    python tests/soak.py --processes 1 --kills 30
     python tests/soak.py --processes 2 --kills 30   a random one is killed; torchrun ends the other
-    python tests/soak.py --memory                   no kills: resident memory over 500 steps
 
-Prints one line a kill, and at the end what is equal: metrics (without times), rollouts, weights.
-Exit status 1 if not.
+Prints one line a run. Exit status 1 if any differs.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -20,98 +16,54 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+sys.path.insert(0, str(ROOT))
+
+from test_train import results  # noqa: E402
+
+RUN = ("--questions 6 --group-size 4 --max-response 40 --eval-questions 20 --save-every 2 "
+       "--lr 0.002 --steps").split()
 
 
-def command(processes: int, out: Path, steps: int) -> list[str]:
-    launch = (["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-              if processes > 1 else [])
-    return [sys.executable, *launch, str(ROOT / "train.py"), "--out", str(out), "--steps",
-            str(steps), "--questions", "6", "--group-size", "4", "--max-response", "40",
-            "--eval-questions", "20", "--save-every", "2", "--lr", "0.002"]
+def start(processes: int, steps: int, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               processes, ROOT / "train.py", "--out", out, *RUN, steps]
+    return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def workers(pid: int) -> list[int]:
-    """The training processes: the children of torchrun, or the process itself."""
+def kill_one(torchrun: subprocess.Popen, chance: random.Random) -> None:
+    """A training process: torchrun's child; itself if there is none yet."""
+    pid = torchrun.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children] or [pid]
-
-
-def results(out: Path) -> tuple:
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in metrics:
-        row.pop("time")
-    (weights,) = (out / "model").glob("*.safetensors")
-    return metrics, (out / "rollouts.jsonl").read_text(), load_file(weights)
+    os.kill(int(chance.choice(children or [pid])), signal.SIGKILL)
+    torchrun.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true")
+    for name, default in (("processes", 1), ("kills", 30), ("steps", 40), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    chance, begin, kills, different = random.Random(args.seed), time.time(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(memory(Path(folder)) if args.memory else soak(args, Path(folder)))
-
-
-def soak(args: argparse.Namespace, folder: Path) -> int:
-    """Kills until there were enough kills, run after run; 1 if any run differs from the
-    undisturbed one."""
-    chance, begin = random.Random(args.seed), time.time()
-    subprocess.run(command(args.processes, folder / "undisturbed", args.steps), check=True, **QUIET)
-    whole, kills, runs, different = time.time() - begin, 0, 0, 0
-    print(f"undisturbed: {args.steps} steps in {whole:.0f} s", flush=True)
-    while kills < args.kills:
-        out, done, here = folder / f"run{runs}", False, 0
-        while not done:
-            run = subprocess.Popen(command(args.processes, out, args.steps), **QUIET)
-            try:
-                run.wait(chance.uniform(0.1, 0.9) * whole if kills < args.kills else None)
-                done = run.returncode == 0
-            except subprocess.TimeoutExpired:
-                os.kill(chance.choice(workers(run.pid)), signal.SIGKILL)
-                run.wait()
-                kills, here = kills + 1, here + 1
-        runs += 1
-        different += not alike(f"run {runs}, killed {here} times", args.steps,
-                               results(folder / "undisturbed"), results(out))
-    print(f"{args.processes} processes: {kills} kills in {runs} runs, "
-          f"{runs - different} of them bitwise the undisturbed one")
-    return int(different > 0)
-
-
-def alike(title: str, steps: int, a: tuple, b: tuple) -> bool:
-    """Prints what two runs have in common; whether it is everything."""
-    same = {"metrics": a[0] == b[0], "rollouts": a[1] == b[1],
-            "weights": all(torch.equal(a[2][name], b[2][name]) for name in a[2]),
-            "every step once": [row["step"] for row in b[0]] == list(range(steps))}
-    verdict = [f"{what} {'equal' if equal else 'DIFFERENT'}" for what, equal in same.items()]
-    print(f"{title}: {', '.join(verdict)}", flush=True)
-    return all(same.values())
-
-
-def memory(folder: Path) -> int:
-    """Resident memory of the trainer along 500 steps."""
-    run = subprocess.Popen(command(1, folder / "long", 500), **QUIET)
-    log, seen = folder / "long" / "metrics.jsonl", 0
-    while run.poll() is None:
-        time.sleep(0.1)
-        steps = len(log.read_text().splitlines()) if log.exists() else 0
-        if steps >= seen + 100:
-            seen = steps // 100 * 100
-            status = Path(f"/proc/{run.pid}/status").read_text()
-            resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
-            print(f"step {steps}: {resident:.1f} MiB resident", flush=True)
-    return run.returncode
+        undisturbed = Path(folder, "undisturbed")
+        start(args.processes, args.steps, undisturbed).wait()
+        whole = time.time() - begin
+        while kills < args.kills:
+            out, before, done = Path(folder, f"after{kills}"), kills, False
+            while not done:
+                run = start(args.processes, args.steps, out)
+                try:
+                    done = run.wait(chance.uniform(0.1, 0.9) * whole) == 0
+                except subprocess.TimeoutExpired:
+                    kill_one(run, chance)
+                    kills += 1
+            same = results(out) == results(undisturbed)
+            different += not same
+            print(f"killed {kills - before} times: {'equal' if same else 'DIFFERENT'}", flush=True)
+    sys.exit(different > 0)
 
 
 if __name__ == "__main__":

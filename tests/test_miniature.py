@@ -26,9 +26,9 @@ def test_every_command_is_one_that_train_understands():
     for line in (miniature.RUNS | miniature.CONTROLS).values():
         module, *words = line.split()
         assert importlib.util.find_spec(module)
-        run, method = train.parse([*words, "--seed", "0", "--out", "here"])
+        run = train.parse([*words, "--seed", "0", "--out", "here"])
         assert run.holdout == (0 if run.stage == "rlvr" or "lessons" in line else 500)
-        assert run.stage == "ntp" or method.questions == 32
+        assert run.stage == "ntp" or run.questions == 32
 
 
 def test_every_part_is_built_after_what_it_needs():

@@ -2,7 +2,7 @@
 damaged checkpoints, the stages."""
 
 import contextlib
-import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,8 @@ import train
 from data import Question, Tokenizer, load_corpus
 from helpers import ROOT, assert_rounds_to, exact_gradient, tiny
 from model import load_pretrained
-from rpt import Completion, Group, Method
+from rpt import Completion, Group, Method, Policy
 from worker import coin
-
-EPSILON = 2**-23
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +48,15 @@ def results(out):
     metrics = rows(out / "metrics.jsonl")
     for row in metrics:
         row.pop("time")
-    (weights,) = (out / "model").glob("*.safetensors")
+    (weights,) = (out / "model").rglob("*.safetensors")  # one file, and no parts left over
     logs = [(out / name).read_text() for name in ("rollouts.jsonl", "evals.jsonl")]
     bits = {name: t.view(torch.int32).tolist() for name, t in load_file(weights).items()}
     return metrics, *logs, bits
+
+
+def checkpoints(out):
+    """Where they are, by their steps."""
+    return {int(place.name[5:]): place for place in out.glob("checkpoints/step-*")}
 
 
 def refused(capsys, arguments):
@@ -61,7 +65,7 @@ def refused(capsys, arguments):
         train.main(list(map(str, arguments)))
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "Traceback" not in error
-    return error.splitlines()[-1] if "usage:" in error else error
+    return error.splitlines()[-1]
 
 
 # ---- the first command
@@ -91,8 +95,6 @@ def test_the_first_command_leaves_its_table_metrics_rollouts_evaluations_and_mod
     model, base = (load_pretrained(folder) for folder in (run / "model", toy / "base"))
     pairs = zip(model.parameters(), base.parameters())
     assert all(not torch.equal(p, q) for p, q in pairs)
-    tokenizers = [Tokenizer.from_dir(folder) for folder in (run / "model", toy / "base")]
-    assert len({tuple(tokenizer.chat("Next?")) for tokenizer in tokenizers}) == 1
 
 
 def test_held_out_documents_are_never_asked_about(toy, command, run):
@@ -102,25 +104,18 @@ def test_held_out_documents_are_never_asked_about(toy, command, run):
     assert asked and all(corpus.split[document] == data.TRAIN for document in asked)
 
 
-def test_metrics_are_of_all_that_was_drawn(run):
+def test_metrics_are_of_all_that_was_drawn(toy):
     """A right, a wrong, a half right and an unfinished response; one group that was replaced."""
     said = [Completion([1] * n, [0.0] * n, n < 4) for n in (1, 2, 3, 4)]
     boxed = b"</think>\\boxed{A}"
     texts, earned = [boxed, b"", boxed, boxed], [1.0, 0.0, 0.5, 0.0]
     groups = [Group((0, n), Question((), (), 0, 0), [1], said, texts, rewards, [0.0] * 4, kept)
               for n, (rewards, kept) in enumerate([(earned, True), ([0.0] * 4, False)])]
-    got = train.rollout_metrics(groups)
+    got = train.rollout_metrics(train.rollout_rows(groups, Tokenizer.from_dir(toy / "base")), 4)
     assert got == pytest.approx({
         "reward": 1.5 / 8, "accuracy": 1 / 8, "length": 2.5, "truncated": 1 / 4, "parsed": 1 / 2,
         "kept": 1 / 2, "all_right": 0, "all_wrong": 1 / 2, "groups": 2, "responses": 8,
         "length_max": 4, "informative_expected": (1 - 0.25**4 - 0.75**4) / 2}, rel=1e-15)
-
-
-def test_the_log_of_rollouts_can_be_bounded(command, run, tmp_path):
-    train.main(command(tmp_path / "run", "--steps", 1, "--log-questions", 1))
-    some = rows(tmp_path / "run" / "rollouts.jsonl")
-    assert some == [row for row in rows(run / "rollouts.jsonl")
-                    if row["question"][1] == 0 and row["step"] == 0]
 
 
 # ---- going on
@@ -131,7 +126,7 @@ def stopped(run, tmp_path):
     """A copy of the run as if it had been killed in its second step."""
     out = shutil.copytree(run, tmp_path / "stopped")
     for step in (2, 3):
-        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+        shutil.rmtree(checkpoints(out)[step])
     with open(out / "metrics.jsonl", "a") as log:
         log.write('{"step": 1, "half a li')
     return out
@@ -149,20 +144,6 @@ def test_a_deleted_log_begins_again_where_the_run_does(command, run, stopped):
     assert [row["step"] for row in rows(stopped / "metrics.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(command, run, tmp_path, capsys,
-                                                                   damage):
-    out = shutil.copytree(run, tmp_path / "run")
-    newest = out / "checkpoints" / "step-000003"
-    spoil(newest, damage)
-    train.main(command(out, "--keep", 1))
-    said = capsys.readouterr().out
-    assert "step-000003 is damaged" in said and "going on after step 2" in said
-    assert results(run) == results(out)
-    assert [c.name for c in train.checkpoints(out)] == ["step-000003"]  # the good one
-    assert len(list((out / "checkpoints").glob("damaged-*"))) == 1
-
-
 def spoil(checkpoint, damage):
     file = next(checkpoint.glob("*.distcp"))
     content = bytearray(file.read_bytes())
@@ -177,25 +158,32 @@ def spoil(checkpoint, damage):
         (checkpoint / "state.json").write_text("{")
 
 
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(command, run, tmp_path, capsys,
+                                                                   damage):
+    out = shutil.copytree(run, tmp_path / "run")
+    spoil(checkpoints(out)[3], damage)
+    train.main(command(out, "--keep", 1))
+    said = capsys.readouterr().out
+    assert "step-000000003 is damaged" in said and "going on after step 2" in said
+    assert results(run) == results(out)
+    assert list(checkpoints(out)) == [3]  # the good one
+    assert len(list((out / "checkpoints").glob("damaged-*"))) == 1
+
+
 def test_without_an_intact_checkpoint_nothing_is_begun_anew(command, stopped, capsys):
-    spoil(stopped / "checkpoints" / "step-000001", "flip")
+    spoil(checkpoints(stopped)[1], "flip")
     logged = (stopped / "metrics.jsonl").read_text()
     for _ in range(2):  # and it stays so
         assert "no checkpoint is intact" in refused(capsys, command(stopped))
         assert (stopped / "metrics.jsonl").read_text() == logged
 
 
-def test_checkpoints_are_ordered_by_their_step(tmp_path):
-    for step in (1_000_000, 999_999, 5):
-        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    assert [int(c.name[5:]) for c in train.checkpoints(tmp_path)] == [5, 999_999, 1_000_000]
-
-
 def test_a_folder_is_one_configurations_and_one_runs(command, stopped, capsys):
     error = refused(capsys, command(stopped, "--lr", 0.5))
     assert "belongs to another configuration (lr was 0.0005, now 0.5)" in error
     with open(stopped / "lock", "w") as holder:
-        train.fcntl.flock(holder, train.fcntl.LOCK_EX | train.fcntl.LOCK_NB)
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert "another run is writing" in refused(capsys, command(stopped))
 
 
@@ -215,16 +203,18 @@ def test_identity_is_content_and_not_where_it_stands(toy, command, run, stopped,
     world = shutil.copytree(toy, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     names = "--model", "elsewhere/base", "--corpus", "elsewhere/corpus.jsonl", "--recipe", "toy"
-    out = stopped.rename(tmp_path / "moved")
+    out, read, original = stopped.rename(tmp_path / "moved"), [], train.fingerprint
+    monkeypatch.setattr(train, "fingerprint", lambda *of: read.extend(of) or original(*of))
     train.main(command("moved", *names))
     assert results(run) == results(out)
+    assert read.count(Path("elsewhere/base")) == 1  # the weights, though they are the proxy's too
     (weights,) = (world / "base").glob("*.safetensors")
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
     assert "the content of the model is another one" in refused(capsys, command(out, *names))
     with open(world / "corpus.jsonl", "a") as corpus:
         corpus.write('{"problem": "The ball is under A.", "solution": "It is under A."}\n')
     error = refused(capsys, command(out, *names, "--model", toy / "base", "--proxy", toy / "base"))
-    assert "the content of the corpus is another one" in error
+    assert "(the content of the corpus is another one)" in error
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(command, run, stopped, capsys,
@@ -255,19 +245,20 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_so(command, run, tm
         train.main(command(out, "--save-every", 100), one_step=step)
     assert stop.value.code == 128 + number
     assert f"stopped by {number.name} after step 1" in capsys.readouterr().out
-    assert [c.name for c in train.checkpoints(out)] == ["step-000002"]
+    assert list(checkpoints(out)) == [2]
     train.main(command(out, "--save-every", 100))
     assert results(run) == results(out)
 
 
-def test_an_interrupted_measurement_is_one_sentence(command, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_the_third_signal_acts_at_once(command, tmp_path):
+    def step(*_):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step went on")
 
-    monkeypatch.setattr(train.evaluation, "corpus_entropy", interrupted)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on") as stop:
-        train.main(command(tmp_path / "run"))
-    assert stop.value.code not in (0, None) and not (tmp_path / "run").exists()
+        train.main(command(tmp_path / "run", "--eval-questions", 0), one_step=step)
+    assert stop.value.code not in (0, None)
 
 
 def test_out_of_memory_says_what_to_lower(command, tmp_path, monkeypatch):
@@ -306,13 +297,8 @@ def test_that_nothing_is_learned_is_said_once_however_often_a_run_is_started(
     ({"parsed": 0}, "no response holds a prediction"), ({"truncated": 1}, "no response ends"),
     ({}, "rewards of each group are equal")])
 def test_the_warning_gives_the_likely_reason(figures, words):
-    metrics = {"skipped": 0, "informative": 0, "parsed": 0.5, "truncated": 0.5, "all_right": 0}
-    patience = train.Patience(idle=2)
-    patience.see(7, metrics | {"informative": 1})
-    assert patience.idle == 0
-    patience.idle = 2
-    patience.see(8, metrics := metrics | figures)
-    assert words in metrics["warning"]
+    usual = {"parsed": 0.5, "truncated": 0.5, "all_right": 0}
+    assert words in train.nothing_learned(usual | figures)
 
 
 # ---- stages
@@ -342,47 +328,32 @@ def test_one_next_token_step_is_the_mean_over_all_trained_tokens():
     """Also of sequences of which only an end is trained."""
     model, random = tiny(), torch.Generator().manual_seed(0)
     sequences = [(torch.randint(40, (n,), generator=random).tolist(), first)
-                 for n, first in ((9, 1), (30, 20), (5, 0), (12, 3))]
+                 for n, first in ((9, 1), (30, 20), (5, 1), (12, 3))]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    method = Method(grad_clip=1e9, micro_tokens=40)
-    metrics = train.next_token_step(model, torch.optim.SGD(model.parameters(), lr=1.0), sequences,
-                                    method)
+    _, metrics = train.next_token_step(
+        Policy(model, None), torch.optim.SGD(model.parameters(), lr=1.0), lambda *_: sequences, 0,
+        Method(grad_clip=1e9, micro_tokens=40))
     trained = 8 + 10 + 4 + 9
-    texts = [(ids[: max(first, 1)], ids[max(first, 1):]) for ids, first in sequences]
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     model.load_state_dict(before)
-    exact, scale = exact_gradient(model, [(p, ids, [-1 / trained] * len(ids)) for p, ids in texts])
+    wanted = [(ids[:first], ids[first:], [-1 / trained] * (len(ids) - first))
+              for ids, first in sequences]
+    exact, scale = exact_gradient(model, wanted)
     for name, got in moved.items():  # 128 roundings of the gradient, and one of the weight
         size = scale[name] + before[name].abs().max() / 128
         assert_rounds_to(got, exact[name], 128, size)
     assert metrics["trained_tokens"] == trained
 
 
-def test_next_token_training_sees_every_document_but_the_held_out_ones(toy, command, tmp_path,
-                                                                      monkeypatch):
-    """Each with its end token; and the loss falls."""
-    seen, original = [], train.next_token_step
-
-    def note(model, optimizer, sequences, method):
-        seen.extend(tuple(ids) for ids, _ in sequences)
-        return original(model, optimizer, sequences, method)
-
-    monkeypatch.setattr(train, "next_token_step", note)
-    corpus = tmp_path / "few.jsonl"
+def test_next_token_training_lowers_its_loss_and_measures_perplexity(toy, command, tmp_path):
+    corpus, out = tmp_path / "few.jsonl", tmp_path / "run"
     lines = (toy / "corpus.jsonl").read_text().splitlines(keepends=True)
     corpus.write_text("".join(lines[:60]))
-    out = tmp_path / "run"
     train.main(command(out, "--stage", "ntp", "--corpus", corpus, "--model", toy / "base",
                        "--recipe", "toy", "--holdout", 20, "--questions", 40, "--steps", 4))
     assert [len(row["perplexity"]) for row in rows(out / "evals.jsonl")] == [3, 3]
     losses = [row["loss"] for row in rows(out / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    tokenizer = Tokenizer.from_dir(toy / "base")
-    texts = [d.text for d in data.read_corpus(corpus)]
-    split = load_corpus(corpus, tokenizer, Path(command(out)[3]), 20, 0).split
-    wanted = {tuple(tokenizer.bos + tokenizer.encode(text) + tokenizer.eos_ids[:1])
-              for text, part in zip(texts, split) if part == data.TRAIN}
-    assert set(seen) == wanted
 
 
 def test_verifiable_rewards_train_on_questions_and_show_the_expected_answer(toy, command, tmp_path):
@@ -418,23 +389,19 @@ def test_the_optimizer_is_the_adamw_that_was_asked_for(command, tmp_path):
 
 # ---- arguments and bad input
 
-
-def numbers():
-    """Every option that is a number."""
-    return [f for kind in (train.Run, Method) for f in dataclasses.fields(kind)
-            if f.type in (int, float)]
+NUMBERS = [field for field in fields(train.Run) if field.type in (int, float)]
 
 
 def test_every_option_is_documented_every_number_has_a_limit_and_recipes_name_only_options():
-    known = {f.name: f.metadata for kind in (train.Run, Method) for f in dataclasses.fields(kind)}
+    known = {field.name: field.metadata for field in fields(train.Run)}
     assert all(metadata["help"] for metadata in known.values())
-    assert all({"at_least", "above"} & f.metadata.keys() for f in numbers())
+    assert all({"at_least", "above"} & field.metadata.keys() for field in NUMBERS)
     for defaults in (*train.RECIPES.values(), *train.STAGES.values()):
         assert defaults.keys() <= known.keys()
     assert set(train.FREE) <= known.keys()
 
 
-@pytest.mark.parametrize("field", numbers(), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
 def test_a_number_out_of_its_range_is_refused_before_any_work(command, tmp_path, capsys, field):
     limits, step = field.metadata, 1 if field.type is int else 1e-9
     bad = [math.nan, math.inf] if field.type is float else []
@@ -449,16 +416,17 @@ def test_a_number_out_of_its_range_is_refused_before_any_work(command, tmp_path,
 
 @pytest.mark.parametrize("arguments, words", [
     (["--no-such-option", 1], "unrecognized arguments"), (["--steps", "many"], "invalid int"),
-    (["--template", "v9"], "invalid choice"), (["--reward", "nice"], "invalid choice"),
-    (["--dtype", "float16"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
+    (["--template", "v9"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
     (["--filter", "top", "--filter-value", 5], "--filter-value 5.0"),
-    (["--stage", "rlvr", "--reward", "dense"], "no next token"), (["--holdout", 0], "--holdout 0"),
+    (["--stage", "rlvr", "--reward", "dense"], "no next token"),
     (["--reward", "answer"], "no answer"), (["--max-context", 2, "--min-context", 3], "below"),
     (["--max-response", 10**6], "positions"), (["--max-prompt", 3], "template toy"),
+    (["--model", "m", "--corpus="], "--corpus is missing"), (["--model="], "--model is missing"),
+    (["--shard-group", 2], "does not divide the 1"),
     (["--recipe", "toy", "--model", "/nowhere"], "no such model"),
     (["--choices", ROOT / "toy" / "corpus.jsonl"], "expected question, options"),
     (["--answers", ROOT / "toy" / "corpus.jsonl"], "has no `answer`"),
-    (["--out", ROOT / "train.py" / "run"], "cannot be written")])
+    (["--out", ROOT / "train.py" / "run"], "Not a directory")])
 def test_a_bad_argument_is_one_sentence_before_any_work(command, tmp_path, capsys, arguments,
                                                         words):
     nothing = command(tmp_path / "run", "--cache", tmp_path / "cache")
@@ -469,11 +437,11 @@ def test_a_bad_argument_is_one_sentence_before_any_work(command, tmp_path, capsy
 @pytest.mark.parametrize("content, words", [
     ('{"text": "fine enough"}\n{"text": oops}\n', "line 2: not JSON"),
     ('{"text": "ab"}\n' * 50, "document"), ('{"text": "The ball."}\n', "leaves no document")])
-def test_a_bad_corpus_is_one_sentence_and_leaves_no_run(command, tmp_path, capsys, content, words):
+def test_a_bad_corpus_is_one_sentence_and_leaves_no_logs(command, tmp_path, capsys, content, words):
     (tmp_path / "corpus.jsonl").write_text(content)
     arguments = "--recipe", "toy", "--corpus", tmp_path / "corpus.jsonl", "--min-context", 4
-    error = refused(capsys, command(tmp_path / "run", *arguments))
-    assert words in error and "\n" not in error and not (tmp_path / "run").exists()
+    assert words in refused(capsys, command(tmp_path / "run", *arguments))
+    assert not list((tmp_path / "run").glob("*.jsonl"))
 
 
 def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused(toy, command, tmp_path, capsys):
@@ -485,14 +453,14 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused(toy, command, t
 
 
 def test_recipes_are_the_papers_a_small_models_and_the_toys():
-    run, method = train.parse(["--recipe", "paper", "--model", "m", "--corpus", "c"])
-    assert (method.questions, method.group_size, method.temperature, method.max_prompt,
-            method.max_response) == (256, 8, 0.8, 4096, 8192)
-    assert (run.lr, run.weight_decay, run.beta2, run.steps, method.dynamic_from,
-            method.template) == (1e-6, 0.01, 0.999, 1000, 500, "v0")
+    run = train.parse(["--recipe", "paper", "--model", "m", "--corpus", "c"])
+    assert (run.questions, run.group_size, run.temperature, run.max_prompt,
+            run.max_response) == (256, 8, 0.8, 4096, 8192)
+    assert (run.lr, run.weight_decay, run.beta2, run.steps, run.dynamic_from, run.template,
+            run.out) == (1e-6, 0.01, 0.999, 1000, 500, "v0", "runs/paper")
     for stage, named in itertools.product(("rpt", "ntp", "rlvr"), ("--model", "--corpus")):
         others = {"--model": "--corpus", "--corpus": "--model"}[named]
-        run, method = train.parse(["--stage", stage, named, "m", others, "c"])
-        assert (run.recipe, run.lr, method.max_response) == ("small", 1e-5, 512)
-    run, method = train.parse([])
-    assert (run.recipe, Path(run.model), method.template) == ("toy", ROOT / "toy/base", "toy")
+        run = train.parse(["--stage", stage, named, "m", others, "c"])
+        assert (run.recipe, run.lr, run.max_response) == ("small", 1e-5, 512)
+    run = train.parse([])
+    assert (run.recipe, Path(run.model), run.template) == ("toy", ROOT / "toy/base", "toy")

@@ -93,19 +93,19 @@ def show_losses(policy, group, method):
 
 
 def main(argv=None):
-    run, method = train.parse(sys.argv[1:] if argv is None else argv)
+    run = train.parse(sys.argv[1:] if argv is None else argv)
     source, device, dtype = resolve(run.model), choose_device(run.device), DTYPES[run.dtype]
     policy = Policy(load_pretrained(source, device, dtype), Tokenizer.from_dir(source))
     cache, tokenizer = Path(run.cache or "runs/cache"), policy.tokenizer
     corpus = data.load_corpus(run.corpus, tokenizer, cache, run.holdout, run.seed)
     where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
                            run.region, run.seed)
-    proxy = evaluation.Proxy(run.proxy or source, cache, method.max_prompt, device, dtype)
+    proxy = evaluation.Proxy(run.proxy or source, cache, run.max_prompt, device, dtype)
     questions, _, about = evaluation.question_sets(corpus, proxy, where)
     print(about)
     for draw in range(100):  # until there is something to show: the longest response is right
         n = data.random_indices(len(questions), run.seed, 0, draw, 1)[0]
-        group = rollout(policy, [((draw, 0), questions[n])], method, REWARDS[run.reward],
+        group = rollout(policy, [((draw, 0), questions[n])], run, REWARDS[run.reward],
                         run.seed, 0)[0]
         if group.advantages[longest(group)] > 0:
             break
@@ -123,15 +123,15 @@ def main(argv=None):
             f"(question {draw + 1} that was drawn)")
     show_group(group)
     heading("5. The loss, before the update: - weight min(r A, clip(r) A); r is 1 on-policy")
-    show_losses(policy, group, method)
+    show_losses(policy, group, run)
     heading("6. The update")
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr, betas=(0.9, run.beta2),
                                   weight_decay=run.weight_decay)
-    metrics = update(policy.model, optimizer, [group], dataclasses.replace(method, questions=1))
+    metrics = update(policy.model, optimizer, [group], dataclasses.replace(run, questions=1))
     print(f"  loss {metrics['loss']:+.5f}, gradient's norm {metrics['grad_norm']:.3f}, "
           f"{metrics['trained_tokens']:g} tokens, learning rate {run.lr:g}")
     heading("7. The same question after the step, the same random numbers")
-    after = rollout(policy, [(group.number, question)], method, REWARDS[run.reward], run.seed, 0)[0]
+    after = rollout(policy, [(group.number, question)], run, REWARDS[run.reward], run.seed, 0)[0]
     show_group(after)
     print(f"\nmean reward {np.mean(group.rewards):.3f} -> {np.mean(after.rewards):.3f} on the one "
           "question it learned from; a run takes many questions a step")

@@ -181,10 +181,10 @@ def without_greeting(source: Path, folder: Path) -> Path:
 
 def main(argv=None):
     argv = DEFAULTS + (sys.argv[1:] if argv is None else list(argv))
-    run, method = train.parse(argv)
+    run = train.parse(argv)
     start = without_greeting(resolve(run.model), Path(run.out) / "start")
     argv += ["--model", str(start)]
-    train.main(argv, one_step=ColdStart(train.parse(argv)[0]))
+    train.main(argv, one_step=ColdStart(train.parse(argv)))
 
 
 if __name__ == "__main__":

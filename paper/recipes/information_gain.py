@@ -64,7 +64,7 @@ def likelihood(model, runs, ids):
 
 
 def main(argv=None):
-    gain = InformationGain(train.parse(argv)[1])
+    gain = InformationGain(train.parse(argv))
     train.main(argv, reward=gain, one_step=gain.step, extra=gain.extra)
 
 

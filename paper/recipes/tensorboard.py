@@ -12,7 +12,7 @@ from model import rank_and_world
 
 def main(argv=None):
     from torch.utils.tensorboard import SummaryWriter
-    run, _ = train.parse(argv)
+    run = train.parse(argv)
     first = rank_and_world()[0] == 0
     writer = SummaryWriter(str(Path(run.out) / "tensorboard")) if first else None
 
