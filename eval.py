@@ -27,7 +27,7 @@ from dataclasses import Field, dataclass, fields, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from string import ascii_uppercase
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import (DROPPED, HELD_OUT, TRAIN, Corpus, PositionFilter, Question, QuestionSet,
                   Tokenizer, answer_sets, check_same_tokens, check_vocabulary, file_rows,
-                  fingerprint, load_corpus, prompt_ids, read_corpus, select_positions)
+                  fingerprint, load_corpus, prompt_ids, select_positions)
 from model import (DTYPES, Transformer, all_gather, choose_device, load_pretrained, rank_and_world,
                    read_config, read_json, resolve, unsharded)
 from reward import answer_match, extract_prediction, prefix_match
@@ -224,24 +224,41 @@ def subset(questions: Sequence[Question], count: int, seed: int) -> list[Questio
 
 
 def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samples: int = 1,
-             seed: int = 0) -> list[dict]:
+             seed: int = 0, out: TextIO | None = None) -> list[dict]:
     """One record a question: whether standard prediction is right, where the text or the options
     say what could follow, and what `samples` reasoned responses say, sampled at the method's
-    temperature. Every process calls it and gets all records."""
-    (rank, world), tokenizer, records = rank_and_world(), policy.tokenizer, []
-    numbers = range(rank, len(questions), world)  # they decide with the seed what is sampled
-    asked = [questions[n] for n in numbers]
-    prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt)
-               for question in asked]
+    temperature.
+
+    Every process calls it and gets all records. They are also written to `out`, a JSON line each,
+    whenever each process has decoded four times `max_rows` responses.
+    """
+    (rank, world), records = rank_and_world(), []
+    some = max(1, 4 * method.max_rows // samples) * world
     with unsharded(policy.model):
-        groups = generate(
-            policy.model, prompts, keys=[1 << 60 | n for n in numbers], samples=samples, seed=seed,
-            max_new_tokens=method.max_response, temperature=method.temperature,
-            eos_ids=tokenizer.eos_ids, max_rows=method.max_rows,
-            cache_tokens=method.cache_tokens or None, progress=rank == 0)
-        standard = [standard_prediction(policy, question, method.max_prompt)
-                    if question.truth else None for question in asked]
-    for n, question, group, token in zip(numbers, asked, groups, standard):
+        for begin in range(0, len(questions), some):
+            numbers = range(begin, min(begin + some, len(questions)))[rank::world]
+            asked = {n: questions[n] for n in numbers}
+            records += gathered(records_of(policy, asked, method, samples, seed))
+            if out and rank == 0:
+                out.writelines(json.dumps(r, allow_nan=False) + "\n" for r in records[begin:])
+                out.flush()
+    return records
+
+
+def records_of(policy: Policy, questions: dict[int, Question], method: Method, samples: int,
+               seed: int) -> list[dict]:
+    """The records of questions by number, which decides with the seed what is sampled."""
+    tokenizer, records = policy.tokenizer, []
+    prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt)
+               for question in questions.values()]
+    groups = generate(
+        policy.model, prompts, keys=[1 << 60 | n for n in questions], samples=samples, seed=seed,
+        max_new_tokens=method.max_response, temperature=method.temperature,
+        eos_ids=tokenizer.eos_ids, max_rows=method.max_rows,
+        cache_tokens=method.cache_tokens or None, progress=rank_and_world()[0] == 0)
+    standard = [standard_prediction(policy, question, method.max_prompt)
+                if question.truth else None for question in questions.values()]
+    for (n, question), group, token in zip(questions.items(), groups, standard):
         responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
         said = [extract_prediction(r) if c.finished else None for r, c in zip(responses, group)]
         record = {"question": n, "document": question.document, "position": question.position,
@@ -257,7 +274,7 @@ def evaluate(policy: Policy, questions: Sequence[Question], method: Method, samp
         if math.isfinite(question.entropy):
             record["entropy"] = question.entropy
         records.append(record)
-    return gathered(records)
+    return records
 
 
 def text(content: bytes) -> str:
@@ -520,7 +537,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a run's folder, or a model directory or hub id")
-    add_options(parser, [*fields(Measure), *METHOD], {})
+    add_options(parser, [*fields(Measure), *METHOD])
     args = parser.parse_args(argv)
     folder = Path(args.directory)
     try:
@@ -538,16 +555,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def add_options(parser, described: Sequence[Field], defaults: dict) -> None:
-    """A command-line option for each field that was made by `option`. parser: or a group of it."""
+def add_options(parser: argparse.ArgumentParser, described: Sequence[Field]) -> None:
+    """A command-line option for each field that was made by `option`."""
     for field in described:
         how = {key: value for key, value in field.metadata.items() if key not in (*LIMITS, "help")}
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
             how["type"] = field.type
-        parser.add_argument("--" + field.name.replace("_", "-"),
-                            default=defaults.get(field.name, field.default),
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
                             help=f"{field.metadata['help']} (%(default)r)", **how)
 
 
@@ -612,10 +628,8 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
         _, questions, _ = question_sets(corpus, proxy, where)
     policy = Policy(load_pretrained(source, *how), tokenizer)
     questions = subset(questions, options.questions, options.seed)
-    records = evaluate(policy, questions, method, options.samples, options.seed)
-    if options.out:
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        Path(options.out).write_text("".join(lines))
+    with open(options.out or os.devnull, "w") as out:
+        records = evaluate(policy, questions, method, options.samples, options.seed, out)
     yield table({folder.name: summary(records)})
 
 

@@ -128,7 +128,7 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     """The command line: an option per field of Run, with the recipe's values as defaults."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    evaluation.add_options(parser, fields(Run), {})
+    evaluation.add_options(parser, fields(Run))
     named, _ = parser.parse_known_args(argv)
     recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
     parser.set_defaults(recipe=recipe, out=f"runs/{recipe}")
@@ -643,9 +643,9 @@ def questions(setup: Setup) -> tuple[Sequence[Question], Callable[[Policy], dict
         asked, held, about = evaluation.question_sets(corpus, proxy, where)
     print0(about)
     held = evaluation.subset(held, run.eval_questions, run.seed)
-    exams = {"held-out": (evaluation.evaluate, held, run),
-             "answers": (evaluation.evaluate, setup.answers, replace(run, template="plain")),
-             "choices": (evaluation.multiple_choice, setup.choices, run)}
+    plain = replace(run, template="plain")
+    exams = {"held-out": (held, run), "answers": (setup.answers, plain),
+             "choices": (setup.choices, plain)}
 
     def evaluate(policy: Policy) -> dict:
         found = {}
