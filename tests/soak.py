@@ -2,6 +2,7 @@
 it leaves with the undisturbed run: metrics without times, rollouts, evaluations, weights.
 
     python tests/soak.py --processes 2 --kills 30   a random one is killed; torchrun ends the other
+    python tests/soak.py --memory                   resident memory of the trainer along 500 steps
 
 Prints one line a run. Exit status 1 if any differs.
 """
@@ -40,12 +41,30 @@ def kill_one(torchrun: subprocess.Popen, chance: random.Random) -> None:
     torchrun.wait()
 
 
+def memory() -> None:
+    """Prints the resident memory of the trainer after each 100 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, log, seen = start(1, 500, Path(folder)), Path(folder, "metrics.jsonl"), 0
+        while run.poll() is None:
+            time.sleep(0.1)
+            steps = len(log.read_text().splitlines()) if log.exists() else 0
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            if steps >= seen + 100 and children:
+                seen = steps // 100 * 100
+                status = Path(f"/proc/{children[0]}/status").read_text()
+                resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
+                print(f"step {steps}: {resident:.1f} MiB resident", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("processes", 1), ("kills", 30), ("steps", 40), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
+    if args.memory:
+        return memory()
     chance, begin, kills, different = random.Random(args.seed), time.time(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = Path(folder, "undisturbed")

@@ -472,6 +472,24 @@ def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
     assert_rounds_to(torch.tensor(first[2]).log(), alone.log(), 2 * ROUNDINGS, scale)
 
 
+def test_records_are_written_as_they_come(base, toy, tmp_path, monkeypatch):
+    questions = evaluation.answer_questions(str(toy / "answers.jsonl"), base.tokenizer)[:10]
+    few = replace(PLAIN, max_rows=1)  # four questions at a time
+    every, sampled = evaluate(base, questions, few), []
+    assert every == evaluate(base, questions, PLAIN)
+
+    def interrupted(*how, **more):
+        if len(sampled) == 2:
+            raise KeyboardInterrupt
+        sampled.append(more)
+        return generate(*how, **more)
+
+    monkeypatch.setattr(evaluation, "generate", interrupted)
+    with open(tmp_path / "records", "w") as out, pytest.raises(KeyboardInterrupt):
+        evaluate(base, questions, few, out=out)
+    assert [json.loads(line) for line in open(tmp_path / "records")] == every[:8]
+
+
 # ---- the command line
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from eval import bootstrap_interval, majority_vote, votes
 from helpers import ROOT, assert_rounds_to, tiny
-from paper import plan
+from paper import compare, plan
 from paper.patterns import PATTERNS, reasoning_patterns
 from paper.scaling import fit_power_law, power_law_intervals
 
@@ -240,3 +240,21 @@ def test_the_plan_counts_two_operations_for_each_weight_and_token(tmp_path, caps
     said = capsys.readouterr().out
     assert f"a step of 100 tokens: {4 * (prefill + decode):.2e} FLOP" in said
     assert f"prefill {prefill:.2e}, decode {decode:.2e}" in said
+
+
+def test_paired_differences_are_those_of_the_same_questions():
+    def record(n, standard, right, entropy=2.0):
+        return {"document": n // 2, "position": n, "entropy": entropy, "standard": standard,
+                "reasoning": right, "vote": 1.0, "parsed": [1.0] * 4, "length": [3] * 4}
+
+    first = [record(n, n % 2, [0.0, 1.0, 0.0, 0.0], 0.6 + n / 10) for n in range(8)]
+    second = [record(n, 1, [1.0, 1.0, n % 2, 0.0], 0.6 + n / 10) for n in range(8)]
+    lines = compare.differences(first, second)
+    gaps = [100 * ((2 + n % 2) / 4 - 1 / 4) for n in range(8)]
+    mean, low, high = bootstrap_interval(gaps, [n // 2 for n in range(8)])
+    assert f"B's reasoning less A's reasoning, easy (8): {mean:+.1f} [{low:+.1f}, {high:+.1f}]" \
+        in lines
+    assert "B's standard less A's standard, easy (8): +50.0 [+50.0, +50.0]" in lines
+    assert not [line for line in lines if "hard" in line]  # no question is above 1.5 nats
+    with pytest.raises(ValueError, match="other questions"):
+        compare.differences(first, second[1:])
