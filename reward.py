@@ -8,6 +8,9 @@ the lengths of the document's own tokens; only `answer_match`, which compares an
 tokens, decodes. Left out: a length penalty, a score for format beside the reward, partial credit
 for a cut character. The paper's reward is 1 or 0.
 
+Evaluation always asks for `prefix_match` or `answer_match`, whatever a run was rewarded for; a
+run's metrics `accuracy` and `all_right` call a reward of at least 1 right.
+
 A new reward is one function over a group of completions, and one line in REWARDS:
 
     def longer_is_better(responses, question, policy):
@@ -60,6 +63,7 @@ def prefix_match(prediction: bytes | None, truth: Sequence[bytes]) -> float:
 
     truth: the bytes of each token that follows in the document, text their concatenation, L_gt the
     cumulative sums of their lengths. The prediction may span several tokens. None and b"" earn 0.0.
+    Without L_gt a first byte, often a space, would be right nearly everywhere.
     """
     if not prediction:
         return 0.0
@@ -78,8 +82,8 @@ def reachable(truth: Sequence[bytes]) -> bool:
     tokens comes back unchanged from `\boxed{...}`.
 
     A prefix that closes a brace it did not open, leaves one open, or itself holds `\boxed{` or
-    `</think>` does not come back. Positions whose truth is not reachable are excluded from training
-    questions: every completion there scores 0, whatever the policy knows. The paper does not say
+    `</think>` does not come back. Positions whose truth is not reachable are excluded from all
+    questions, held-out ones too: every completion there scores 0, whatever the policy knows. The paper does not say
     what it does with them. """
     prefix, depth = bytearray(), 0
     for token in truth:

@@ -3,19 +3,25 @@
 One step, `rpt_step`, sections 3.2 and 3.3 of the paper:
 
     completions = generate(policy, prompts, samples=G, temperature=T)          rollout()
-    rewards     = reward(responses, question)                                  reward.py
+    rewards     = reward(responses, question, policy)                          reward.py
     advantages  = (R - mean R) / std R, within the group of one question       group_advantages()
     loss        = - sum over tokens of min(r A, clip(r) A) / tokens            policy_loss()
 
 Exactly on-policy (one update per batch, the default) the ratio r is 1 and clipping never acts, so
 no second forward pass for old log-probabilities is made. Groups whose rewards are all equal have
-no gradient and are not computed.
+no gradient and are not computed; their tokens still count in what the loss is divided by. A step
+without any gradient is left out, because AdamW's momentum and weight decay would move the weights.
 
-Everything is counted over all processes: questions are dealt to them by number, the loss is divided
-by the tokens of the whole step, and no process decides alone what the others have to wait for.
+The policy is the distribution that is sampled, softmax(logits / T): its log-probabilities are what
+sampler and loss speak of, so the temperature is in both. A response that does not finish is b"" to
+the reward, and trained like any other, on all its tokens.
 
-Letters in shapes: Q questions, G responses to each, N tokens, T tokens of the longest, V
-vocabulary. """
+Everything is counted over all processes: questions are dealt to them by number; the loss is divided
+by the tokens of the whole step, so that a token weighs the same whichever process has it, and the
+update does not depend on their number; no process decides alone what the others have to wait for.
+
+Letters in shapes: Q questions, G responses to each, N tokens, V vocabulary; T, in [B, T], tokens of
+the longest. """
 
 import math
 import time
@@ -48,7 +54,8 @@ def option(default, doc: str, **limits):
 
 @dataclass(frozen=True)
 class Method:
-    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B)."""
+    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B), but for
+    dynamic_from and grad_clip, which train.py's recipe `paper` sets."""
 
     questions: int = option(256, "questions per step", at_least=1)
     group_size: int = option(8, "responses per question, G; a group compares", at_least=2)
@@ -105,7 +112,7 @@ class Policy:
 class Group:
     """The responses to one question and what they earned."""
 
-    number: tuple[int, int]  # (draw, index in it) within the step, whichever process holds it
+    number: tuple[int, int]  # (retry, index in its draw) in the step, whichever process holds it
     question: Question
     prompt: list[int]
     completions: list[Completion]
