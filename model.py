@@ -392,7 +392,7 @@ class PrefixCache:
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], x [n, ...] and rows int64 [B], with a gradient that is the same to the bit each time.
+    """x[rows], x [n, ...] and rows int64 [B], with a gradient that is bitwise the same each time.
 
     Where rows repeat, as those of a group do, the gradient of x[rows] is added up on a CPU by
     whichever thread comes first, and that of index_select on CUDA likewise; an embedding's is not.

@@ -83,8 +83,9 @@ def reachable(truth: Sequence[bytes]) -> bool:
 
     A prefix that closes a brace it did not open, leaves one open, or itself holds `\boxed{` or
     `</think>` does not come back. Positions whose truth is not reachable are excluded from all
-    questions, held-out ones too: every completion there scores 0, whatever the policy knows. The paper does not say
-    what it does with them. """
+    questions, held-out ones too: every completion there scores 0, whatever the policy knows. The
+    paper does not say what it does with them.
+    """
     prefix, depth = bytearray(), 0
     for token in truth:
         prefix += token
