@@ -373,7 +373,7 @@ def our_step(model: Transformer, optimizer: torch.optim.Optimizer, prompts: list
     """Sampling and update; token 0 ends a completion."""
     out = generate(model, prompts, samples=GROUP, max_new_tokens=new, eos_ids=[0])
     groups = [group(n, *pair) for n, pair in enumerate(zip(prompts, out))]
-    rpt.update(model, optimizer, groups, Method(temperature=1.0))
+    rpt.update(model, optimizer, groups, METHOD)
 
 
 def step(quick: bool) -> dict[str, float]:
