@@ -506,26 +506,27 @@ def _tokenize(source: str | Path, tokenizer: Tokenizer, file: Path) -> dict[str,
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer, cache: str | Path, holdout: int,
                 seed: int) -> Corpus:
-    """A corpus as flat files in a folder of `cache`, made once for the same content and split.
+    """A corpus as flat files in a folder of `cache`, made once for the same content, and its split.
 
-    source: see documents(). The folder is written aside and renamed, under a lock that is taken
-    before anything is looked at, so several processes may begin together and any may be killed.
+    source: see documents(). Files are written aside and renamed, under a lock that is taken before
+    anything is looked at, so several processes may begin together and any may be killed.
     """
-    name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), holdout, seed,
-                       *corpus_files(source))
+    name = fingerprint(tokenizer.files["tokenizer.json"], tokenizer.chat(""), *corpus_files(source))
     folder = Path(cache) / f"corpus-{name}"
-    aside = folder.with_suffix(".aside")
+    aside, split = folder.with_suffix(".aside"), folder / f"split-{holdout}-{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
             aside.mkdir()
-            arrays = _tokenize(source, tokenizer, aside / "tokens.u32")
-            texts = (lambda: (document.text for document in documents(source)))
-            np.savez(aside / "documents.npz", split=split_documents(texts, holdout, seed), **arrays)
+            np.savez(aside / "documents.npz", **_tokenize(source, tokenizer, aside / "tokens.u32"))
             aside.rename(folder)
-    arrays = dict(np.load(folder / "documents.npz"))
+        if not split.exists():
+            texts = (lambda: (document.text for document in documents(source)))
+            split_documents(texts, holdout, seed).tofile(split.with_suffix(".aside"))
+            split.with_suffix(".aside").rename(split)
+    arrays = dict(np.load(folder / "documents.npz"), split=np.fromfile(split, np.int8))
     tokens = np.asarray(np.memmap(folder / "tokens.u32", np.uint32, "r"))
     if len(tokens) != arrays["starts"][-1]:
         raise ValueError(f"{folder}: {len(tokens)} tokens, not {arrays['starts'][-1]}; remove it")

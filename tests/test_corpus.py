@@ -297,6 +297,7 @@ def test_a_corpus_is_made_once_for_the_same_content(tmp_path, monkeypatch):
     first, _ = load()
     assert load() == (first, False)
     assert load(seed=2) == load(holdout=9) == (first, True)  # the same texts, parted otherwise
+    assert len(list((tmp_path / "cache").glob("*/tokens.u32"))) == 1  # but tokenised once
     (tmp_path / "moved").mkdir()
     moved = file.rename(tmp_path / "moved/a.jsonl")
     assert load(moved) == (first, False)
