@@ -66,6 +66,8 @@ def question_sets(corpus: Corpus, proxy: Proxy,
     """The questions to train on, those of held-out documents (entropy above 0.5 nats, elsewhere the
     same filter), and a text of what was kept. ValueError if nothing is left to ask."""
     documents = np.bincount(corpus.split, minlength=3)
+    if np.diff(corpus.starts).max() <= filter.min_context:  # said before anything is measured
+        raise ValueError(f"no document is longer than --min-context {filter.min_context} tokens")
     entropy = corpus_entropy(proxy, corpus)
     easy = replace(filter, kind="threshold", value=SPLITS["easy"])
     train = select_positions(corpus, entropy, filter, TRAIN)
@@ -100,7 +102,8 @@ def corpus_entropy(proxy: Proxy, corpus: Corpus) -> np.ndarray:
         while not all_gather(rank > 0 or locked(out))[0]:  # nobody waits longer than a second
             time.sleep(1)
         done = all_gather(file.stat().st_size // 4)[0]
-        if done < len(corpus.tokens):
+        if done != len(corpus.tokens):  # a file that is too long is measured anew
+            done = done if done < len(corpus.tokens) else 0
             model = load_pretrained(directory, proxy.device, proxy.dtype)
             entropy_pass(model, corpus, out, done, proxy.window)
         all_gather(None)

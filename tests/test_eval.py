@@ -196,6 +196,8 @@ def test_an_interrupted_pass_resumes_to_the_same_bits(counted):
     for size in (*range(0, len(content), 37), len(content) + 4):  # killed while it wrote
         file.write_bytes((content + bytes(4))[:size])
         assert bits() == content
+    file.write_bytes(bytes(4) + content)  # of a wrong length: none of it is believed
+    assert bits() == content
 
 
 def test_two_that_begin_together_on_one_file_measure_once(counted):
@@ -271,7 +273,10 @@ def test_questions_are_of_their_split_and_held_out_ones_above_half_a_nat(toy, co
             assert 4 <= question.position <= 40 and question.entropy == entropy[place]
     assert held.entropy[held.positions].min() > 0.5
     with pytest.raises(ValueError, match="no position is left to ask about"):
-        question_sets(corpus, proxy, replace(where, min_context=10000))
+        question_sets(corpus, proxy, replace(where, kind="threshold", value=100.0))
+    unmeasured = replace(proxy, model=tmp_path / "none")  # it is not even looked for
+    with pytest.raises(ValueError, match="no document is longer than --min-context 10000"):
+        question_sets(corpus, unmeasured, replace(where, min_context=10000))
 
 
 # ---- measurements
