@@ -261,6 +261,16 @@ def test_the_third_signal_acts_at_once(command, tmp_path):
     assert stop.value.code not in (0, None)
 
 
+def test_an_interrupted_measurement_is_one_sentence(command, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.evaluation, "corpus_entropy", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        train.main(command(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
 def test_out_of_memory_says_what_to_lower(command, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("Tried to allocate 8 GiB\nand so on")
