@@ -9,16 +9,14 @@ here: it calls the modules, and rpt.rpt_step does the same without a word. A few
 
 import dataclasses
 import sys
-from pathlib import Path
+import tempfile
 
 import numpy as np
 import torch
 
-import data
 import eval as evaluation
 import train
-from data import PositionFilter, Tokenizer
-from model import DTYPES, choose_device, load_pretrained, resolve
+from data import random_indices
 from reward import REWARDS, extract_prediction, prefix_match
 from rpt import Policy, policy_loss, rollout, token_logprobs, token_weight, update
 
@@ -94,17 +92,14 @@ def show_losses(policy, group, method):
 
 def main(argv=None):
     run = train.parse(sys.argv[1:] if argv is None else argv)
-    source, device, dtype = resolve(run.model), choose_device(run.device), DTYPES[run.dtype]
-    policy = Policy(load_pretrained(source, device, dtype), Tokenizer.from_dir(source))
-    cache, tokenizer = Path(run.cache or "runs/cache"), policy.tokenizer
-    corpus = data.load_corpus(run.corpus, tokenizer, cache, run.holdout, run.seed)
-    where = PositionFilter(run.filter, run.filter_value, run.min_context, run.max_context,
-                           run.region, run.seed)
-    proxy = evaluation.Proxy(run.proxy or source, cache, run.max_prompt, device, dtype)
-    questions, _, about = evaluation.question_sets(corpus, proxy, where)
-    print(about)
+    run = dataclasses.replace(run, cache=run.cache or "runs/cache")
+    with tempfile.TemporaryDirectory() as out:  # nothing of a run is left
+        setup = train.prepare(dataclasses.replace(run, out=out))
+        questions, _ = train.questions(setup)
+    policy = Policy(train.build(setup.source, run, setup.device), setup.tokenizer)
+    tokenizer, corpus = setup.tokenizer, questions.corpus
     for draw in range(100):  # until there is something to show: the longest response is right
-        n = data.random_indices(len(questions), run.seed, 0, draw, 1)[0]
+        n = random_indices(len(questions), run.seed, 0, draw, 1)[0]
         group = rollout(policy, [((draw, 0), questions[n])], run, REWARDS[run.reward],
                         run.seed, 0)[0]
         if group.advantages[longest(group)] > 0:
