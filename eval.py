@@ -500,7 +500,8 @@ class Asked:
     corpus: str = option("", ".jsonl, .jsonl.gz or .txt, a folder of them, or a data set's hub id; "
                              "rows of text, problem and solution, problem and answer (rlvr), "
                              "prompt and response (ntp)")
-    answers: str = option("", "rows of problem and answer, asked at each evaluation of a run, or here")
+    answers: str = option("", "rows of problem and answer, asked at each evaluation of a run or "
+                              "here")
     choices: str = option("", "multiple choice: rows of question, options, answer_index; likewise")
     proxy: str = option("", "model whose entropy selects positions (default: the model itself)")
     region: str = option("all", "ask everywhere, or only behind the problem of a document",

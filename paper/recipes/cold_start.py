@@ -64,10 +64,8 @@ class ColdStart:
         numbered = [(n, questions[n]) for n in range(len(questions))[rank::world]]
         randoms = [np.random.default_rng([seed, step, n]) for n, _ in numbered]
         loss, figures = self.imitate(policy, [q for _, q in numbered], randoms, method)
-        share = len(numbered) / len(questions)
         optimizer.zero_grad(set_to_none=True)
-        (loss * share).backward()
-        figures[0] *= share
+        loss.backward()
         metrics = optimizer_step(policy.model, optimizer, [figures], method.grad_clip)
         timing["train"] = time.perf_counter() - begin
         groups = []
@@ -77,7 +75,8 @@ class ColdStart:
         return groups, metrics | {"time": timing}
 
     def imitate(self, policy, questions, randoms, method):
-        """The loss on some questions, a mean over them, and its figures for optimizer_step."""
+        """This process's part of the loss, a mean over everyone's tokens and questions, and its
+        figures for optimizer_step."""
         tokenizer, model, device = policy.tokenizer, policy.model, policy.model.head.device
         rows, bos = np.arange(len(questions))[:, None], len(tokenizer.bos)
         sizes = np.array([[len(question.context)] for question in questions])
@@ -102,10 +101,11 @@ class ColdStart:
         logprobs, entropy = token_logprobs(model, hidden[said_in, said_at],
                                            torch.from_numpy(said).to(device))
         guessed_at = np.add(before, tails)[:, None]
+        tokens, asked = all_sum(len(said), len(questions))
         front = tokenizer.chat(TEMPLATES[method.template], [-1]).index(-1)  # of a context
-        loss = (0.5 * divergence(likely, model.logits(hidden[rows, guessed_at]))
-                + 0.5 * divergence(plain, model.logits(hidden[rows, front + places]))
-                - logprobs.mean())
+        kl = (divergence(likely, model.logits(hidden[rows, guessed_at]))
+              + divergence(plain, model.logits(hidden[rows, front + places])))
+        loss = 0.5 * kl * len(questions) / asked - logprobs.sum() / tokens
         nothing, count = torch.zeros_like(loss), torch.full_like(loss, len(logprobs))
         return loss, torch.stack(
             (loss, -logprobs.sum(), entropy.sum(), nothing, count, nothing)).detach()
