@@ -11,7 +11,6 @@ import random
 import re
 import tempfile
 import unicodedata
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -257,6 +256,7 @@ LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{
           "trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
           "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
           "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+TODAY = "31 Dec 2025"
 DATED = "{%- set day = strftime_now('%d %b %Y') %}{{ 'Today: ' + day + '\n' }}" + SMOLLM2
 R1 = ("{{bos_token}}{%- for message in messages %}{%- if message['role'] == 'user' %}"
       "{{'<｜User｜>' + message['content']}}{%- endif %}{%- endfor -%}{% if add_generation_prompt %}"
@@ -282,8 +282,7 @@ FAMILIES = {  # template, tokenizer, the text around the prompt: before, behind,
     "SmolLM2": (SMOLLM2, byte_level(OF_QWEN), SMOL, TURN, THINK, ""),
     "Llama 3": (LLAMA3, byte_level(OF_LLAMA3), "<s><|start_header_id|>user<|end_header_id|>\n\n",
                 "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", THINK, ""),
-    "dated": (DATED, byte_level(OF_QWEN), f"Today: {datetime.now():%d %b %Y}\n" + SMOL, TURN,
-              THINK, ""),
+    "dated": (DATED, byte_level(OF_QWEN), f"Today: {TODAY}\n" + SMOL, TURN, THINK, ""),
     "Llama 2": (LLAMA2, sentencepiece("prepend"), "<s>[INST] ", " [/INST]", THINK, ""),
     "Mistral": (LLAMA2, sentencepiece("first"), "<s>[INST] ", " [/INST]", THINK, ""),
     "no bos": ("{{ '[INST] ' + messages[0]['content'] }}{{ '!' }}\n", sentencepiece("first"),
@@ -314,7 +313,8 @@ def rendered(name: str, prompt: str, thinking: bool) -> str:
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_chat_format_is_the_published_one(name, thinking, beside, tmp_path):
+def test_the_chat_format_is_the_published_one(name, thinking, beside, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: TODAY if form == "%d %b %Y" else form)
     if FAMILIES[name][5] is None and not thinking:
         with pytest.raises(ValueError, match="opens <think> whatever"):
             family(name, thinking, beside)
