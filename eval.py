@@ -173,8 +173,8 @@ def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window],
                   measure: Callable) -> list[np.ndarray]:
     """A figure of each wanted token of each window, float32; nan where no token precedes.
 
-    measure(model, ids [B, T]) says it of the token *after* each. Every process computes its share,
-    windows of like length together, and gets all.
+    measure(model, hidden [N, hidden_size], tokens [N]) says it of tokens and what precedes each.
+    Every process computes its share, windows of like length together, and gets all.
     """
     (rank, world), texts = rank_and_world(), []
     mine = pieces[rank::world]
@@ -187,9 +187,15 @@ def window_values(model: Transformer, corpus: Corpus, pieces: Sequence[Window],
         size = max(1, BATCH_TOKENS // len(texts[order[0]]))
         batch, order = order[:size], order[size:]
         ids = pad([texts[n] for n in batch], model.head.device)
-        for n, row in zip(batch, measure(model, ids).cpu().numpy()):
-            of_token = np.append(np.float32(math.nan), row)[: len(texts[n])]
-            values[n] = of_token[mine[n].want - mine[n].end:]
+        ends = np.array([len(texts[n]) for n in batch])
+        counts = np.array([mine[n].end - mine[n].want for n in batch])
+        columns = np.arange(1, ids.shape[1])[:, None]
+        wanted = ((columns >= ends - counts) & (columns < ends)).T  # [B, T - 1]
+        places = torch.from_numpy(np.flatnonzero(wanted)).to(ids.device)
+        hidden = model(ids)[:, :-1].flatten(0, 1)[places]
+        found = measure(model, hidden, ids[:, 1:].flatten()[places]).cpu().numpy()
+        for n, count, row in zip(batch, counts, np.split(found, wanted.sum(1).cumsum()[:-1])):
+            values[n] = np.append(np.float32(math.nan), row)[-count:]
     return gathered(values)
 
 
@@ -199,22 +205,20 @@ def gathered(mine: list) -> list:
     return [x for row in zip_longest(*shares) for x in row][: sum(map(len, shares))]
 
 
-def next_token_entropy(model: Transformer, ids: Tensor) -> Tensor:
-    """ids [B, T] -> [B, T]: entropy in nats of the token after each position.
+def next_token_entropy(model: Transformer, hidden: Tensor, _=None) -> Tensor:
+    """hidden [N, hidden_size] -> [N]: entropy in nats of the token that follows.
 
     Over the model's 16 most probable tokens, renormalised; where they are equal it is ln 16 = 2.77.
     The head is applied to 512 positions at a time: with 152 thousand tokens those logits already
     take 300 MB.
     """
-    hidden = model(ids).flatten(0, 1)
     logits = torch.cat([model.logits(h).topk(16).values for h in hidden.split(512)])
-    return torch.special.entr(logits.softmax(-1)).sum(-1).view(ids.shape)
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def next_token_loss(model: Transformer, ids: Tensor) -> Tensor:
-    """ids [B, T] -> [B, T - 1]: -log P in nats of the token after each position but the last."""
-    logprobs, _ = token_logprobs(model, model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    return -logprobs.view(ids[:, 1:].shape)
+def next_token_loss(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """hidden [N, hidden_size], tokens [N] -> [N]: -log P in nats of the token that follows."""
+    return -token_logprobs(model, hidden, tokens)[0]
 
 
 # ---------------------------------------------------------------------------------- measurements

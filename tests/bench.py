@@ -453,15 +453,18 @@ def entropy(quick: bool) -> dict[str, float]:
     pieces = list(evaluation.windows(corpus, range(count), 1024))
     rival = in_transformers(model)
 
-    def forward(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-        model.logits(model(ids)) if rival is None else rival(ids)
-        return ids.float()
+    class Forward:
+        head = model.head
+
+        def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+            model.logits(model(ids)) if rival is None else rival(ids)
+            return ids[..., None].float()
 
     def ours() -> None:
         evaluation.window_values(model, corpus, pieces, evaluation.next_token_entropy)
 
     def plain() -> None:
-        evaluation.window_values(model, corpus, pieces, forward)
+        evaluation.window_values(Forward(), corpus, pieces, lambda _, hidden, tokens: hidden[:, 0])
     name = "our model's plain forward" if rival is None else "transformers' forward"
     seconds = in_turns(1 if quick else 3, ours=ours, plain=plain)
     return {"ours: tokens/s": len(tokens) / seconds["ours"],

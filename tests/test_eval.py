@@ -106,8 +106,8 @@ def test_the_entropy_is_that_of_the_renormalised_most_probable_tokens():
     model = tiny()
     ids = torch.randint(40, (3, 211), generator=torch.Generator("cpu").manual_seed(0))
     with torch.no_grad():
-        entropy = next_token_entropy(model, ids)  # 633 positions: the head takes two
-    for row, got in zip(ids.tolist(), entropy):
+        entropy = next_token_entropy(model, model(ids).flatten(0, 1))  # the head takes two
+    for row, got in zip(ids.tolist(), entropy.view(ids.shape)):
         assert_rounds_to(got, exact_entropies(model, row), ROUNDINGS, largest_logit(model, row))
 
 
@@ -160,18 +160,21 @@ def counted(tmp_path, monkeypatch):
     of what else is in the batch. Calls it records, and raises KeyboardInterrupt after `last`."""
     state = SimpleNamespace(calls=0, last=10**9, loads=0, proxy=random_proxy(tmp_path))
 
-    def entropy_of_prefixes(model, ids):
-        if state.calls == state.last:
-            raise KeyboardInterrupt
-        state.calls += 1
-        return (ids + 1.0).cumsum(1).sqrt() + ids.float().mean()
+    class Counts:
+        head = torch.empty(0, device=CPU)
+
+        def __call__(self, ids):
+            if state.calls == state.last:
+                raise KeyboardInterrupt
+            state.calls += 1
+            return ((ids + 1.0).cumsum(1).sqrt() + ids.float().mean())[..., None]
 
     def load(*how):
         state.loads += 1
-        return SimpleNamespace(head=torch.empty(0, device=CPU))
+        return Counts()
 
     monkeypatch.setattr(evaluation, "load_pretrained", load)
-    monkeypatch.setattr(evaluation, "next_token_entropy", entropy_of_prefixes)
+    monkeypatch.setattr(evaluation, "next_token_entropy", lambda model, hidden, _: hidden[:, 0])
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", 40)
     monkeypatch.setattr(evaluation, "PART_WINDOWS", 3)
     return state
