@@ -13,7 +13,7 @@ import eval as evaluation
 import train
 from data import TEMPLATES, Question, Tokenizer
 from helpers import ROOT, assert_rounds_to, plain_logits, tiny
-from paper.recipes import cold_start
+from paper.recipes import cold_start, mixed_sft
 from paper.recipes.cold_start import KEEP, TAIL, ColdStart, annotation, guess, on_track
 from rpt import Policy
 from test_rpt import METHOD
@@ -145,11 +145,39 @@ def test_a_templates_own_greeting_goes(toy, tokenizer, tmp_path, template, greet
     assert evaluation.load_pretrained(found).config == evaluation.load_pretrained(source).config
 
 
-def test_the_chain_of_cold_start_run_and_evaluation_on_real_text(toy, tmp_path, capsys):
-    corpus = tmp_path / "corpus.jsonl"
-    lines = (cold_start.train.TOY.parent / "README.md").read_text().split("\n\n")
+@pytest.fixture
+def corpus(tmp_path):
+    """The README's paragraphs."""
+    file = tmp_path / "corpus.jsonl"
+    lines = (ROOT / "README.md").read_text().split("\n\n")
     texts = [{"text": line} for line in lines if len(line) > 40]
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return file
+
+
+def test_mixed_rows_are_the_training_documents_and_annotations_of_their_positions(
+        toy, corpus, tmp_path, capsys):
+    shared = ["--cache", str(tmp_path / "cache"), "--dtype", "float32", "--device", "cpu"]
+    mixed_sft.main(["--model", str(toy / "base"), "--corpus", str(corpus), "--holdout", "12",
+                    "--out", str(tmp_path / "mixed"), "--region", "all", *shared])
+    file = tmp_path / "mixed" / "rows.jsonl"
+    texts = [row["text"] for row in rows(file) if "text" in row]
+    answered = [row for row in rows(file) if "prompt" in row]
+    there = [row["text"] for row in rows(corpus)]
+    assert len(texts) == len(answered) == len(there) - 12
+    assert texts == [text for text in there if text in texts]
+    for row in answered:
+        context = row["prompt"].removeprefix("Next token?\n")
+        assert any(text.startswith(context) for text in texts)
+        thought, boxed = row["response"].removesuffix("}").split("</think>\n\n\\boxed{")
+        assert thought.endswith(boxed) and context.endswith(thought.removesuffix(boxed))
+    train.main(["--stage", "ntp", "--model", str(toy / "base"), "--corpus", str(file), "--steps",
+                "1", "--holdout", "0", "--max-prompt", "384", "--out", str(tmp_path / "run"),
+                *shared])
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] > 0
+
+
+def test_the_chain_of_cold_start_run_and_evaluation_on_real_text(toy, corpus, tmp_path, capsys):
     shared = ["--corpus", str(corpus), "--cache", str(tmp_path / "cache"), "--holdout", "12",
               "--region", "all", "--dtype", "float32", "--questions", "8", "--group-size", "4"]
     cold = tmp_path / "cold"
