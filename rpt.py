@@ -190,10 +190,10 @@ def head_chunk(vocab_size: int, device: torch.device) -> int:
     gradient.
 
     On a CPU a million logits, which stay in its cache and below the size that malloc gives back to
-    the kernel each time; on an accelerator a quarter of a billion.
+    the kernel each time, or 512 tokens; on an accelerator a quarter of a billion.
     """
     if device.type == "cpu":
-        return max(192, 2**20 // vocab_size)
+        return max(512, 2**20 // vocab_size)
     return min(4096, max(1024, 2**28 // vocab_size))
 
 

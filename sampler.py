@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -40,6 +41,7 @@ from model import PrefixCache, Transformer
 
 PREFILL_TOKENS = 16384  # padded tokens of prompts in one forward; a single longer one goes alone
 ROOM = 1 / 8  # rows that are done leave when they are this share: moving a cache costs
+BLOCK = 512  # tokens of the vocabulary whose probabilities are summed in float32
 GROWTH = 32  # columns by which the rows' own cache grows
 TIMING = ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens")
 CHECK_EVERY = 16  # steps after which an accelerator is asked whether rows are done: it has to wait
@@ -85,18 +87,30 @@ def uniforms(seed: int, key: int, sample: int, count: int) -> np.ndarray:
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """float32 logits [n, V], uniform [n] -> token [n] and its log-probability [n] at `temperature`.
 
-    The token is the first whose cumulative probability exceeds the uniform number, summed in
-    float64: over a vocabulary of 152 thousand, float32 sums drift by more than the probability of
-    most tokens.
+    The token is the first whose cumulative probability exceeds the uniform number. In two steps: a
+    block of the vocabulary, then a token of the block. Over a vocabulary of 152 thousand, float32
+    sums drift by more than the probability of most tokens, and float64 ones take longer than all
+    the rest; within a block float32 is exact enough, and the blocks are few.
     """
     logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     else:
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-        token = token.clamp_max(logits.shape[-1] - 1)  # only a row of NaN gets this far
+        blocks = F.pad(logprobs.exp(), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        block, uniform = _invert(blocks.sum(-1), uniform[:, None])
+        place, _ = _invert(blocks.take_along_dim(block[..., None], 1)[:, 0], uniform)
+        token = (block * BLOCK + place).clamp_max(logits.shape[-1] - 1)  # a row of NaN: the last
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+def _invert(shares: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of shares [n, K] at which their sum exceeds uniform [n, 1] of the whole, and where
+    within its share that is, from 0 to 1; [n, 1] each, in float64."""
+    ends = shares.cumsum(-1, dtype=torch.float64)
+    aim = uniform * ends[:, -1:]
+    chosen = torch.searchsorted(ends, aim, right=True).clamp_max(shares.shape[1] - 1)
+    share = shares.gather(1, chosen)
+    return chosen, (aim - ends.gather(1, chosen) + share) / share
 
 
 # ------------------------------------------------------------------------------ the cache

@@ -143,7 +143,7 @@ class Largest(TorchDispatchMode):
 
 def test_token_logprobs_never_holds_the_logits_of_all_tokens():
     for vocabulary in (512, 5000, 20000):
-        model, tokens = tiny(vocab_size=vocabulary), 3 * max(192, 2**20 // vocabulary)
+        model, tokens = tiny(vocab_size=vocabulary), 3 * max(512, 2**20 // vocabulary)
         hidden = torch.randn(tokens, 32, requires_grad=True)
         with Largest() as largest:
             token_logprobs(model, hidden, torch.randint(vocabulary, (tokens,)))[0].sum().backward()
