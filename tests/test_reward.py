@@ -42,7 +42,8 @@ def extract_by_trying(response: bytes) -> bytes | None:
 
 
 def match_by_sets(prediction: bytes | None, truth: list[bytes]) -> float:
-    """The paper's sentence, word for word: the bytes agree, and the length is in the set of boundaries."""
+    """The paper's sentence, word for word: the bytes agree, and the length is in the set of
+    boundaries."""
     text = b"".join(truth)
     boundaries = {sum(len(token) for token in truth[:n]) for n in range(1, len(truth) + 1)}
     length = len(prediction or b"")
@@ -74,7 +75,8 @@ def longest_match(text: bytes, vocabulary: set[bytes]) -> list[bytes]:
 
 def test_extraction_is_the_last_box_that_closes():
     rng = random.Random(1)
-    pieces = [b"\\boxed{", b"\\boxed{", b"{", b"}", b"}", b"</think>", b"a", b" ", b"\\", b"\\boxed", b"</think", b">"]
+    pieces = [b"\\boxed{", b"\\boxed{", b"{", b"}", b"}", b"</think>", b"a", b" ", b"\\",
+              b"\\boxed", b"</think", b">"]
     found = 0
     for _ in range(200_000):
         response = b"".join(rng.choices(pieces, k=rng.randint(0, 14)))
@@ -123,7 +125,8 @@ def test_extraction_reads_the_endings_of_the_case_study(response, prediction):
         (b"\\boxed{" * (MB // 8) + b"}" * (MB // 8), b""),
         (b"\\boxed{" * (MB // 7) + b"a}", b"a"),
         (b"\\boxed{a}" + b"\\boxed{{" * (MB // 8) + b"}", b"a"),
-        (b"\\boxed{" + b"{" * (MB // 2) + b"}" * (MB // 2) + b"}", b"{" * (MB // 2) + b"}" * (MB // 2)),
+        (b"\\boxed{" + b"{" * (MB // 2) + b"}" * (MB // 2) + b"}",
+         b"{" * (MB // 2) + b"}" * (MB // 2)),
         (b"</think>" * (MB // 8) + b"\\boxed{a}", b"a"),
     ],
     ids=range(9),
@@ -174,7 +177,8 @@ def test_no_prediction_earns_nothing_whatever_the_truth():
 
 def test_reachable_iff_some_boundary_prefix_comes_back_from_its_box():
     rng = random.Random(3)
-    pieces = [b"{", b"}", b"a", b"", b"\\boxed", b"{", b"\\boxed{", b"</think>", b"</", b"think>", b"{}", b"}{"]
+    pieces = [b"{", b"}", b"a", b"", b"\\boxed", b"{", b"\\boxed{", b"</think>", b"</",
+              b"think>", b"{}", b"}{"]
     counts = [0, 0]
     for _ in range(100_000):
         truth = rng.choices(pieces, k=rng.randint(0, 6))
@@ -212,16 +216,19 @@ def test_first_token_reward_ignores_the_rest():
 
 def test_dense_reward_is_one_if_right_else_the_probability_of_the_wrong_token():
     truth = [b" par", b"is"]
-    rewards = [dense_reward(p, truth, words, CHANCES.__getitem__) for p in (b" paris", b" london", b"xyz", b"", None)]
+    rewards = [dense_reward(p, truth, words, CHANCES.__getitem__)
+               for p in (b" paris", b" london", b"xyz", b"", None)]
     assert rewards == [1.0, 0.25, 0.0625, 0.0, 0.0]
 
 
 def test_conditional_dense_reward_is_dense_only_where_one_of_the_group_is_right():
     truth = [b" par", b"is"]
     right, wrong = [b" lon", b" par", None, b" the"], [b" lon", None, b""]
-    assert conditional_dense_reward(right, truth, words, CHANCES.__getitem__, -1.0) == [0.25, 1.0, 0.0, 0.125]
+    earned = conditional_dense_reward(right, truth, words, CHANCES.__getitem__, -1.0)
+    assert earned == [0.25, 1.0, 0.0, 0.125]
     assert conditional_dense_reward(wrong, truth, words, CHANCES.__getitem__) == [0.0] * 3
-    assert conditional_dense_reward(wrong, truth, words, CHANCES.__getitem__, all_wrong=-0.1) == [-0.1] * 3
+    earned = conditional_dense_reward(wrong, truth, words, CHANCES.__getitem__, all_wrong=-0.1)
+    assert earned == [-0.1] * 3
     assert conditional_dense_reward([], truth, words, CHANCES.__getitem__) == []
 
 
@@ -234,7 +241,8 @@ def test_conditional_dense_reward_is_dense_only_where_one_of_the_group_is_right(
         ["1/2", "\\frac{1}{2}", "\\dfrac{1}{2}", "\\tfrac12", "$\\frac 12$", "2/4"]
         + ["0.5", ".5", "0.50.", "5e-1", "50\\%", "50%"],
         ["-1/2", "-\\frac{1}{2}", "\\frac{-1}{2}", "1/-2", "-0.5", "\u22120.5"],
-        ["1000", "1,000", "1{,}000", "1\\,000", "1\\!000", "$1,000.00$", "\\$1,000", "1e3", "+1000", "\\text{1,000}"],
+        ["1000", "1,000", "1{,}000", "1\\,000", "1\\!000", "$1,000.00$", "\\$1,000", "1e3",
+         "+1000", "\\text{1,000}"],
         ["1234567", "1,234,567", "long thought\n#### 1,234,567", "#### 5\n#### 1234567"],
         ["(1,234)", "(1, 234)", "\\left(1,\\,234\\right)", "\\( (1,234) \\)"],
         ["[1,234 + x]", "[1, 234 + x]"],
@@ -252,7 +260,8 @@ def test_answers_of_one_meaning_match_each_other(same):
 
 
 def test_answers_of_different_meaning_do_not_match():
-    different = ["1/2", "1/3", "0.3333", "50", "0.5001", "1 1/2", "11/2", "1 2", "12", "(1,234)", "1234", "-5", "5"]
+    different = ["1/2", "1/3", "0.3333", "50", "0.5001", "1 1/2", "11/2", "1 2", "12", "(1,234)",
+                 "1234", "-5", "5"]
     different += ["5 cm", "--5", "0", "1/0", "\\frac{1}{0}", "1e999999999", "1e999999998"]
     different += ["1,2345", "12345", "0.1,234", "0.1234"]
     different += ["Paris", "paris", "\\leftarrow", "arrow"]
@@ -303,7 +312,8 @@ def test_fractions_compare_exactly():
 # The rewards of a group, as the trainer calls them
 
 QUESTION = SimpleNamespace(truth=[b" par", b"is"], answer="1/2")
-POLICY = SimpleNamespace(tokens=words, probability=lambda question, token: {id(QUESTION): CHANCES}[id(question)][token])
+POLICY = SimpleNamespace(tokens=words, probability=lambda question, token: {
+    id(QUESTION): CHANCES}[id(question)][token])
 
 
 @pytest.mark.parametrize(
@@ -319,7 +329,8 @@ POLICY = SimpleNamespace(tokens=words, probability=lambda question, token: {id(Q
         ("format", [b" par", b"junk", b""], [1, 1, 0]),
     ],
 )
-def test_a_group_gets_one_float_per_response_and_an_unfinished_one_gets_nothing(name, predictions, rewards):
+def test_a_group_gets_one_float_per_response_and_an_unfinished_one_gets_nothing(
+        name, predictions, rewards):
     responses = [b"hm</think>\\boxed{" + prediction + b"}" for prediction in predictions]
     got = REWARDS[name](responses + [b"", b"\\boxed{ par}"], QUESTION, POLICY)
     assert got == rewards + [0, 0] and all(type(reward) is float for reward in got)
@@ -334,7 +345,8 @@ def test_the_example_in_the_module_docstring_is_a_reward():
 
 
 def test_every_reward_is_named():
-    assert list(REWARDS) == ["prefix", "first-token", "dense", "conditional-dense", "answer", "format"]
+    assert list(REWARDS) == [
+        "prefix", "first-token", "dense", "conditional-dense", "answer", "format"]
 
 
 def test_the_answer_reward_refuses_a_question_without_an_answer():

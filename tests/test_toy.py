@@ -222,7 +222,8 @@ def test_one_step_by_hand_prints_what_the_modules_do(tmp_path, capsys):
             assert abs(float(advantage) - want) < 6e-4  # three digits are printed
     before, after = re.search(r"mean reward ([.\d]+) -> ([.\d]+)", out).groups()
     assert [float(before), float(after)] == [
-        float(f"{np.mean([float(r) for r in re.findall('reward ([01]),', g)]):.3f}") for g in groups]
+        float(f"{np.mean(list(map(float, re.findall('reward ([01]),', g)))):.3f}")
+        for g in groups]
     weight = int(re.search(r"weight 1/(\d+) a token", out)[1])
     best = float(re.search(r"A = ([-+.\d]+)", out)[1])
     losses = re.findall(r"(\d\.\d{5}) +\d\.\d{4} ([-+]\d\.\d{5})$", out, re.M)
