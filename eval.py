@@ -601,7 +601,13 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
     """What is measured on a model, or on that of a run from what it was not trained on, as text."""
     if options.out:
         open(options.out, "a").close()  # a bad place is found before the work
-    needed = method.max_prompt + method.max_response
+    asked = options.ask is not None, options.choices, options.answers, options.perplexity
+    if sum(map(bool, asked)) > 1 or options.perplexity and run.get("stage") == "rlvr":
+        raise ValueError("one of --ask, --choices, --answers and --perplexity at a time, and no "
+                         "--perplexity of a run of stage rlvr")
+    if run and not (folder / "model").is_dir():
+        raise ValueError(f"{folder}: this run has not exported its model yet")
+    needed = method.max_prompt + (0 if options.perplexity else method.max_response)
     source, tokenizer = find_model(folder / "model" if run else folder, needed)
     how = choose_device(options.device), DTYPES[options.dtype]
     cache = Path(options.cache or "runs/cache")

@@ -62,7 +62,8 @@ class Run(Method, evaluation.Asked):
     stage: str = option("rpt", "RPT, next-token prediction, or RL with verifiable rewards",
                         choices=("rpt", "ntp", "rlvr"))
     model: str = option("", "model directory or hub id to start from")
-    out: str = option("", "folder of the run (default: runs/RECIPE)")
+    out: str = option("", "folder of the run (default: runs/RECIPE; of another program than this, "
+                          "runs/PROGRAM)")
     steps: int = option(100, "optimizer steps", at_least=1)
     reward: str = option("prefix", "reward function, by its name in reward.py", choices=REWARDS)
     filter: str = option("threshold", "which positions are asked about: entropy above a threshold, "
@@ -110,7 +111,7 @@ RECIPES: dict[str, dict] = {
                 questions=32, max_prompt=256, max_response=96, template="toy", micro_tokens=8192,
                 region="solution", lr=5e-4, weight_decay=0.0, beta2=0.99, steps=80, holdout=500),
     "small": dict(questions=16, max_prompt=1024, max_response=512, lr=1e-5, beta2=0.99,
-                  micro_tokens=8192, region="solution"),
+                  micro_tokens=8192, cache_tokens=65536, region="solution"),
     "paper": dict(steps=1000, dynamic_from=500, dtype="bfloat16", checkpoint_activations=True,
                   min_context=16, grad_clip=0.2),
 }
@@ -131,7 +132,8 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     evaluation.add_options(parser, fields(Run))
     named, _ = parser.parse_known_args(argv)
     recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
-    parser.set_defaults(recipe=recipe, out=f"runs/{recipe}")
+    program = Path(sys.argv[0]).stem  # one that changes something has a folder of its own
+    parser.set_defaults(recipe=recipe, out=f"runs/{recipe if program == 'train' else program}")
     parser.set_defaults(**RECIPES[recipe] | STAGES.get(named.stage, {}))
     parser.add_argument("-h", "--help", action="help")  # now that it knows the recipe's values
     try:
@@ -521,10 +523,10 @@ def watch(step: int, metrics: dict, so_far: dict) -> None:
 
 def nothing_learned(metrics: dict) -> str:
     """The likely reason why no group of a step was informative."""
+    if metrics["truncated"] == 1:  # none of them is read
+        return "no response ends within --max-response"
     if metrics["parsed"] == 0:
         return "no response holds a prediction that can be read; a cold start teaches the format"
-    if metrics["truncated"] == 1:
-        return "no response ends within --max-response"
     if metrics["all_right"] == 1:
         return "every response is right; the questions are too easy"
     return "the rewards of each group are equal"
@@ -546,6 +548,8 @@ def train(setup: Setup, items: Sequence, evaluate: Callable[[Policy], dict], one
                                   weight_decay=run.weight_decay)
     state = {"policy": Trained(policy.model, optimizer)} | (extra(policy) if extra else {})
     so_far = resume(out, state)
+    if so_far["step"] >= run.steps:
+        print0("all its steps are done; after a change of the code choose another --out")
 
     def draw(step: int, retry: int) -> list:
         chosen = data.random_indices(len(items), run.seed, step, retry, run.questions)
@@ -658,13 +662,33 @@ def questions(setup: Setup) -> tuple[Sequence[Question], Callable[[Policy], dict
     return asked, evaluate
 
 
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the program by one sentence, not a traceback, where its user can do something."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command goes on from what is there")
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        sys.exit(f"train.py: error: out of memory ({str(error).splitlines()[0]}): set or lower "
+                 "--micro-tokens, --max-rows or --cache-tokens; the same command goes on from the "
+                 "last checkpoint")
+    except (ValueError, OSError, FloatingPointError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
          one_step: Callable = rpt.rpt_step, extra: Callable[[Policy], dict] | None = None) -> None:
     """The command line. A program of your own may bring a reward(responses, question, policy), a
     step with rpt_step's arguments, and extra(policy): modules by name that checkpoints hold too."""
     run = parse(argv)
     warnings.filterwarnings("ignore", module="torch.distributed")  # that there is one process
-    try:
+    with one_sentence():
         setup = prepare(run)
         start(run, setup.device)
         with claimed(setup.out):
@@ -673,17 +697,6 @@ def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
             else:
                 train(setup, *questions(setup), one_step, reward or REWARDS[run.reward], extra)
                 print0(evaluation.growth(setup.out))
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command goes on from what is there")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: error: out of memory ({str(error).splitlines()[0]}): lower "
-                 "--micro-tokens, --max-rows or --cache-tokens; the same command goes on from the "
-                 "last checkpoint")
-    except (ValueError, OSError, FloatingPointError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
     if dist.is_initialized():
         all_gather(None)  # everyone is done: leave now, later torch's threads abort the teardown
         sys.stdout.flush()

@@ -20,8 +20,8 @@ PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "rea
 def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
     """A line for each pair of measures and split. ValueError if the questions differ."""
     places = [[(row["document"], row["position"]) for row in rows] for rows in (first, second)]
-    if places[0] != places[1]:
-        raise ValueError("the records are of other questions: evaluate both models with the same "
+    if places[0] != places[1] or not places[0]:
+        raise ValueError("no records, or of other questions: evaluate both models with the same "
                          "corpus, holdout, seed and number of questions")
     lines = []
     for a, b in PAIRS:
@@ -39,7 +39,10 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     first, second = sys.argv[1:] if argv is None else argv
-    print("\n".join(differences(*(list(read_lines(Path(file))) for file in (first, second)))))
+    try:
+        print("\n".join(differences(*(list(read_lines(Path(file))) for file in (first, second)))))
+    except ValueError as error:
+        sys.exit(f"paper.compare: {error}")
 
 
 if __name__ == "__main__":

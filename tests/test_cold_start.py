@@ -180,6 +180,14 @@ def test_mixed_rows_are_the_training_documents_and_annotations_of_their_position
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] > 0
 
 
+def test_a_model_that_is_not_there_is_one_sentence(corpus, tmp_path, capsys):
+    for recipe in (cold_start, mixed_sft):
+        with pytest.raises(SystemExit):
+            recipe.main(["--model", str(tmp_path / "nowhere" / "x"), "--corpus", str(corpus),
+                         "--out", str(tmp_path / "run")])
+        assert "no such model directory" in capsys.readouterr().err
+
+
 def test_the_chain_of_cold_start_run_and_evaluation_on_real_text(toy, corpus, tmp_path, capsys):
     shared = ["--corpus", str(corpus), "--cache", str(tmp_path / "cache"), "--holdout", "12",
               "--region", "all", "--dtype", "float32", "--questions", "8", "--group-size", "4"]

@@ -581,6 +581,19 @@ def test_a_run_with_answers_is_asked_its_held_out_questions(a_run, base, command
     assert "all (20)" in said and "standard" not in said and "pass@2" in said
 
 
+def test_what_cannot_be_measured_is_said_before_any_work(a_run, command, capsys, monkeypatch):
+    folder, source = a_run("answers.jsonl", "--stage", "rlvr")
+    monkeypatch.setattr(evaluation, "load_pretrained", None)
+    for options in (["--perplexity"], ["--answers", source, "--choices", source]):
+        with pytest.raises(SystemExit) as stop:
+            command(*options, directory=folder)
+        assert stop.value.code == 2 and "one of --ask, --choices" in capsys.readouterr().err
+    (folder / "model").rename(folder / "elsewhere")
+    with pytest.raises(SystemExit) as stop:
+        command(directory=folder)
+    assert stop.value.code == 2 and "has not exported its model yet" in capsys.readouterr().err
+
+
 STORY = "The ball is under A. 1 A B.\n\nThe ball is now under"
 SMALL = ["--max-prompt", "128", "--max-response", "24", "--device", "cpu"]
 

@@ -258,3 +258,5 @@ def test_paired_differences_are_those_of_the_same_questions():
     assert not [line for line in lines if "hard" in line]  # no question is above 1.5 nats
     with pytest.raises(ValueError, match="other questions"):
         compare.differences(first, second[1:])
+    with pytest.raises(SystemExit, match="no records"):
+        compare.main(["nowhere.jsonl", "nowhere either.jsonl"])

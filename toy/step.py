@@ -93,7 +93,9 @@ def show_losses(policy, group, method):
 def main(argv=None):
     run = train.parse(sys.argv[1:] if argv is None else argv)
     run = dataclasses.replace(run, cache=run.cache or "runs/cache")
-    with tempfile.TemporaryDirectory() as out:  # nothing of a run is left
+    if run.stage != "rpt":
+        sys.exit("toy.step: a step of --stage rpt alone is shown")
+    with train.one_sentence(), tempfile.TemporaryDirectory() as out:  # nothing of a run is left
         setup = train.prepare(dataclasses.replace(run, out=out))
         questions, _ = train.questions(setup)
     policy = Policy(train.build(setup.source, run, setup.device), setup.tokenizer)

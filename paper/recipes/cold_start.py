@@ -18,6 +18,7 @@ context ends and add one token (`on_track`), on questions of training documents.
 """
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -181,9 +182,11 @@ def without_greeting(source: Path, folder: Path) -> Path:
 def main(argv=None):
     argv = DEFAULTS + (sys.argv[1:] if argv is None else list(argv))
     run = train.parse(argv)
-    start = without_greeting(resolve(run.model), Path(run.out) / "start")
-    argv += ["--model", str(start)]
-    train.main(argv, one_step=ColdStart(train.parse(argv)))
+    with train.one_sentence():  # each process prepares its own folder: they have not met yet
+        folder = Path(run.out) / f"start-{os.environ.get('RANK', 0)}"
+        argv += ["--model", str(without_greeting(resolve(run.model), folder))]
+        step = ColdStart(train.parse(argv))
+    train.main(argv, one_step=step)
 
 
 if __name__ == "__main__":

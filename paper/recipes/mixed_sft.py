@@ -44,9 +44,18 @@ def annotated_rows(policy, questions, randoms, template):
 
 
 def main(argv=None):
-    argv = DEFAULTS + (sys.argv[1:] if argv is None else list(argv))
-    setup = train.prepare(run := train.parse(argv))
-    asked, _ = train.questions(setup)
+    run = train.parse(DEFAULTS + (sys.argv[1:] if argv is None else list(argv)))
+    with train.one_sentence():
+        rows = mixed_rows(train.prepare(run))
+        file = Path(run.out) / "rows.jsonl"
+        with open(file, "w") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{len(rows):,} rows written to {file}")
+
+
+def mixed_rows(setup):
+    """A row for each training document, and as many annotated ones."""
+    run, (asked, _) = setup.run, train.questions(setup)
     split = asked.corpus.split
     rows = [{"text": document.text} for document, part in zip(data.documents(run.corpus), split)
             if part == TRAIN]
@@ -56,10 +65,7 @@ def main(argv=None):
         numbers = chosen[begin: begin + BATCH]
         randoms = [np.random.default_rng([run.seed, n]) for n in numbers]
         rows += annotated_rows(policy, [asked[n] for n in numbers], randoms, run.template)
-    file = Path(run.out) / "rows.jsonl"
-    with open(file, "w") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{len(rows):,} rows written to {file}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
 """The figures of every step for TensorBoard, in DIR/tensorboard (needs the package tensorboard).
 
     torchrun -m paper.recipes.tensorboard [train.py's arguments]
+
+It writes what metrics.jsonl is told, after each step. Expected: the curves of reward, parsed share
+and length that `python -m paper.report` draws too.
 """
 
 from pathlib import Path
 
-import rpt
 import train
-from model import rank_and_world
+from train import log
 
 
 def main(argv=None):
     from torch.utils.tensorboard import SummaryWriter
-    run = train.parse(argv)
-    first = rank_and_world()[0] == 0
-    writer = SummaryWriter(str(Path(run.out) / "tensorboard")) if first else None
+    writers = []
 
-    def one_step(policy, optimizer, draw, step, *how):
-        groups, metrics = rpt.rpt_step(policy, optimizer, draw, step, *how)
-        if writer:
-            for name, value in metrics.items():
+    def also_log(file, step, *rows):
+        log(file, step, *rows)
+        if file.name == "metrics.jsonl" and train.is_first():
+            writers[:] = writers or [SummaryWriter(str(Path(file.parent) / "tensorboard"))]
+            for name, value in rows[0].items():
                 if isinstance(value, (int, float)):
-                    writer.add_scalar(name, value, step)
-        return groups, metrics
+                    writers[0].add_scalar(name, value, step)
+            writers[0].flush()
 
-    train.main(argv, one_step=one_step)
+    train.log = also_log
+    train.main(argv)
 
 
 if __name__ == "__main__":
