@@ -450,8 +450,10 @@ def growth(folder: Path) -> str:
     """How reward and response length went in a run, and what it knew before and after."""
     rows, evals = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
                    for name in ("metrics.jsonl", "evals.jsonl"))
-    some = [rows[i] for i in sorted({round(x) for x in np.linspace(0, len(rows) - 1, 9)})]
-    lines = [f"{key:>10}" + "".join(f"{row.get(key, math.nan):8.4g}" for row in some)
+    rows = [row for row in rows if "reward" in row]  # a step of one's own may not sample
+    spaced = np.linspace(0, len(rows) - 1, min(9, len(rows)))
+    some = [rows[round(n)] for n in spaced]
+    lines = [f"{key:>10}" + "".join(f"{row[key]:8.4g}" for row in some)
              for key in ("step", "reward", "length")]
     for exam in evals[0] if evals else ():
         if exam in evals[-1] and exam != "step":
