@@ -1,7 +1,16 @@
-"""The paper's analysis of reasoning patterns: how many responses hold a keyword of each group."""
+"""The paper's analysis of reasoning patterns: how many responses hold a keyword of each group.
+
+    python -m paper.patterns RUN           in % by tenths of a run, beside what else changes
+"""
 
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from paper.report import read_lines
 
 PATTERNS = {  # in the paper's wording
     "transition": ("alternatively", "think differently"),
@@ -28,3 +37,27 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
         pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
         shares[group] = sum(map(bool, map(pattern.search, responses))) / len(responses)
     return shares
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    (folder,) = sys.argv[1:] if argv is None else argv
+    rows = list(read_lines(Path(folder) / "rollouts.jsonl"))
+    if not rows:
+        sys.exit(f"paper.patterns: {folder}: no rollouts.jsonl of a run with samples")
+    head = ["steps", "reward", "parsed", "tokens", *PATTERNS]
+    lines = [head]
+    for steps in np.array_split(np.arange(rows[-1]["step"] + 1), 10):
+        if some := [row for row in rows if row["step"] in steps]:
+            reward, tokens = (np.mean([row[key] for row in some]) for key in ("reward", "tokens"))
+            shares = [reward, np.mean([row["prediction"] is not None for row in some]),
+                      *reasoning_patterns([row["response"] for row in some]).values()]
+            first, second, *others = (f"{100 * share:.1f}" for share in shares)
+            span = f"{steps[0]} to {steps[-1]}"
+            lines.append([span, first, second, f"{tokens:.1f}", *others])
+    for line in lines:
+        print("  ".join(f"{cell:>{max(10, len(name))}}" for cell, name in zip(line, head)))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import pytest
 from eval import bootstrap_interval, majority_vote, votes
 from helpers import ROOT, assert_rounds_to, tiny
 from paper import compare, plan
-from paper.patterns import PATTERNS, reasoning_patterns
+from paper.patterns import PATTERNS, main, reasoning_patterns
 from paper.scaling import fit_power_law, power_law_intervals
 
 
@@ -182,6 +182,24 @@ def test_power_law_rejects_points_that_determine_none(compute, accuracy, message
 ])
 def test_a_response_shows_the_groups_of_the_whole_words_it_holds(response, groups):
     assert reasoning_patterns([response]) == {group: float(group in groups) for group in PATTERNS}
+
+
+def test_the_patterns_of_a_run_are_shown_by_tenths(tmp_path, capsys):
+    def row(step):
+        return {"step": step, "reward": float(step > 9), "tokens": 20 + step,
+                "prediction": " a" if step > 4 else None, "response": "Wait" if step % 2 else ""}
+
+    texts = [json.dumps(row(step)) + "\n" for step in range(20)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(texts))
+    main([str(tmp_path)])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:6] == ["steps", "reward", "parsed", "tokens", "transition", "reflection"]
+    assert len(lines) == 10 and lines[0].split() == [
+        "0", "to", "1", "0.0", "0.0", "20.5", "0.0", "50.0", *["0.0"] * 4]
+    assert lines[2].split()[3:6] == ["0.0", "50.0", "24.5"]
+    assert lines[9].split()[:6] == ["18", "to", "19", "100.0", "100.0", "38.5"]
+    with pytest.raises(SystemExit, match="no rollouts.jsonl"):
+        main([str(tmp_path / "nowhere")])
 
 
 def test_reasoning_patterns_are_shares_of_responses():
