@@ -3,8 +3,9 @@
     python -m paper.report RUN [RUN ...] [--out FILE]          report.html in the first folder
 
 It shows what the folders hold and passes over what they do not: results.json (sections that another
-program wrote), run.json, the exams of evals.jsonl, the curves of metrics.jsonl, and of the first
-run the responses of rollouts.jsonl.
+program wrote), run.json (of several runs first where they differ), the exams of evals.jsonl, the
+curves of metrics.jsonl, and of the first run the responses of rollouts.jsonl. Under each figure its
+values open as text, and the files themselves are linked.
 
 What a model or a corpus wrote is hostile until escaped. It enters the page as HTML or SVG text
 through `escape`, or as JSON through `embed`, which leaves no `<` for the HTML parser; the page's
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from paper.figure import escape, number, svg
 
@@ -110,8 +112,22 @@ def section(given: dict) -> str:
         parts.append(table_html(table.get("head") or [], table.get("rows") or []))
     figures = given.get("figures") or []
     size = (400, 260) if len(figures) > 1 else (480, 320)
-    plots = [f'<figure class="card">{svg(figure, *size)}</figure>' for figure in figures]
+    plots = [f'<figure class="card">{svg(figure, *size)}{as_text(figure)}</figure>'
+             for figure in figures]
     return f'<section>{"".join(parts)}<div class="plots">{"".join(plots)}</div></section>'
+
+
+def as_text(figure: dict) -> str:
+    """The values of a figure, at about a dozen places from the first to the last, to be opened."""
+    series = figure.get("series") or []
+    points = [dict(zip(map(number, of.get("x") or []), map(number, of.get("y") or [])))
+              for of in series]
+    places = sorted({x for of in points for x in of if x is not None})
+    some = {places[len(places) * n // 12] for n in range(12)} | {places[-1]} if places else ()
+    rows = [[x, *(of.get(x) for of in points)] for x in sorted(some)]
+    rows = [["" if value is None else f"{value:.4g}" for value in row] for row in rows]
+    head = [figure.get("x", ""), *(of.get("name", "") for of in series)]
+    return f"<details><summary>as text</summary>{table_html(head, rows)}</details>"
 
 
 def table_html(head: Sequence, rows: Sequence[Sequence]) -> str:
@@ -159,8 +175,9 @@ def exam_section(runs: Sequence[Logs], exam: str) -> dict:
     curves."""
     sat = [(run, [row for row in run.evals if exam in row]) for run in runs]
     sat = [(run, rows) for run, rows in sat if rows]
-    splits = sat[0][1][0][exam]
-    lines, figures = [], []
+    splits, figures = sat[0][1][0][exam], []
+    lines = [[f"{run.label}questions", *(rows[0][exam].get(split, {}).get("questions", "?")
+                                         for split in splits)] for run, rows in sat]
     for measure in dict.fromkeys(name for of in splits.values() for name in of):
         if measure == "questions":
             continue
@@ -173,18 +190,22 @@ def exam_section(runs: Sequence[Logs], exam: str) -> dict:
                 cells = [shown(of[n], measure) for of in found.values()]
                 lines.append([f"{run.label}step {rows[n].get('step')}, {measure}", *cells])
         figures.append({"title": measure, "x": "step", "series": series})
-    head = ["", *(f"{split}, {of.get('questions', '?')} questions" for split, of in splits.items())]
-    return {"title": f"Exam: {exam}", "table": {"head": head, "rows": lines}, "figures": figures,
+    return {"title": f"Exam: {exam}", "table": {"head": ["", *splits], "rows": lines},
+            "figures": figures,
             "text": "In per cent, length in tokens, with 95 % intervals over documents."}
 
 
-def header(runs: Sequence[Logs], title: str) -> str:
-    """What the runs are."""
+def header(runs: Sequence[Logs], title: str, links: Sequence[str]) -> str:
+    """What the runs are, where they differ, and their files."""
+    runs = [run for run in runs if run.settings]
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [[name, *(run.settings.get(name, "") for run in runs)] for name in names]
-    table = table_html(["setting", *(run.name for run in runs)], rows)
-    return (f"<header><h1>{escape(title)}</h1><details><summary>All settings</summary>{table}"
-            "</details></header>")
+    head = ["setting", *(run.name for run in runs)]
+    unlike = [row for row in rows if any(value != row[1] for value in row[2:])]
+    files = " ".join(f'<a href="{escape(link)}">{escape(link)}</a>' for link in links)
+    return (f"<header><h1>{escape(title)}</h1>{table_html(head, unlike) if unlike else ''}"
+            f"<details><summary>All settings</summary>{table_html(head, rows)}</details>"
+            f"<details><summary>Files</summary><p>{files}</p></details></header>")
 
 
 # ------------------------------------------------------------------------------------- rollouts
@@ -262,9 +283,9 @@ def browser(path: Path, stage: str) -> str:
 # ----------------------------------------------------------------------------------------- page
 
 
-def page(folders: Sequence[Path]) -> str:
-    """The page about runs. ValueError if one has nothing to show, or if a file is not what its
-    name says."""
+def page(folders: Sequence[Path], place: Path | None = None) -> str:
+    """The page about runs, to be put in the folder `place` (the first run's). ValueError if one has
+    nothing to show, or if a file is not what its name says."""
     runs = [read_logs(folder, len(folders) == 1) for folder in folders]
     results = [read_json(folder / "results.json") for folder in folders]
     for folder, run, given in zip(folders, runs, results):
@@ -277,6 +298,8 @@ def page(folders: Sequence[Path]) -> str:
     sections = [part for given in results for part in given.get("sections") or []]
     sections += [exam_section(runs, exam) for exam in exams]
     sections += [curve_section(runs)] if any(run.metrics for run in runs) else []
+    links = [quote(os.path.relpath(file, place or folders[0])) for folder in folders
+             for file in sorted(folder.glob("*.json*"))]
     rollouts = browser(folders[0] / "rollouts.jsonl", runs[0].settings.get("stage", ""))
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -285,7 +308,7 @@ def page(folders: Sequence[Path]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
-            f"{header(runs, title)}{''.join(map(section, sections))}{rollouts}"
+            f"{header(runs, title, links)}{''.join(map(section, sections))}{rollouts}"
             "</main></body></html>\n")
 
 
@@ -298,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
     try:
-        out.write_text(page(args.runs), encoding="utf-8")
+        out.write_text(page(args.runs, out.parent), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

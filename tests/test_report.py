@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
@@ -113,8 +114,11 @@ def test_the_page_is_one_file_that_asks_for_nothing(tmp_path):
     write_run(tmp_path)
     text = report.page([tmp_path])
     elements = Page(text).elements
-    assert not {"link", "img", "iframe", "object", "embed", "base", "a", "form"} & {
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & {
         tag for tag, _ in elements}
+    links = [attributes.pop("href") for tag, attributes in elements if tag == "a"]
+    assert links == [f"{name}.json{'l' * (name not in ('results', 'run'))}"
+                     for name in ("evals", "metrics", "results", "rollouts", "run")]
     names = {name for _, attributes in elements for name in attributes}
     assert not {"src", "href", "xlink:href", "srcset", "action", "data", "style"} & names
     assert not any(name.startswith("on") for name in names)
@@ -185,9 +189,33 @@ def test_missing_files_are_absent_sections_and_one_is_enough(tmp_path):
     assert "svg" in {tag for tag, _ in page(tmp_path).elements}
 
 
+def test_the_files_are_linked_from_where_the_page_is_whatever_their_folder_is_called(tmp_path):
+    folder = tmp_path / "javascript:alert(1) #?"
+    write_run(folder)
+    found = Page(report.page([folder], tmp_path))
+    links = [attributes["href"] for tag, attributes in found.elements if tag == "a"]
+    assert len(links) == 5 and all(link.startswith("javascript%3Aalert") for link in links)
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+
+
+def test_each_figures_values_stand_under_it_as_text(tmp_path):
+    write_run(tmp_path, steps=40)
+    found = Page(report.page([tmp_path]))
+    drawn = sum(tag == "svg" for tag, _ in found.elements)
+    assert drawn > 5 and found.texts("summary").count("as text") == drawn
+    series = {"name": "a", "x": [0, 1, None, 3], "y": [0.5, None, 2, 0.123456]}
+    text = report.as_text({"x": "step", "series": [series, {"name": "b", "x": [3], "y": [7]}]})
+    cells = re.findall(r"<t[dh](?: [^>]*)?>([^<]*)<", text)
+    assert cells == ["step", "a", "b", "0", "0.5", "", "1", "", "", "3", "0.1235", "7"]
+
+
 def test_several_runs_share_curves_and_tables_by_name(tmp_path):
     for name in ("first", "second"):
         write_run(tmp_path / name)
+    (tmp_path / "second" / "run.json").write_text('{"stage": "rpt", "lr": 3e-05}')
+    unlike = re.search("<h1>.*?<details>", report.page([tmp_path / "first", tmp_path / "second"]))
+    assert re.findall(r"<td[^>]*>([^<]*)<", unlike[0])[:3] == ["model", "plain", ""]
+    assert "3e-05" in unlike[0] and "stage" not in unlike[0]
     text = report.page([tmp_path / "first", tmp_path / "second"])
     for name in ("first: reward", "second: reward", "first: easy", "second: step 5, standard"):
         assert f">{name}<" in text
