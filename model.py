@@ -453,9 +453,12 @@ def all_sum(*values: float) -> list[float]:
 
 
 def choose_device(name: str = "") -> torch.device:
-    """This process's device: `name`, or the accelerator if there is one, which CUDA and ROCm both
-    call cuda (others lack float64). ValueError if it is not on this machine."""
-    known = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    """This process's device: `name`, or the accelerator if there is one. ValueError if it is not
+    on this machine."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu"]
+    if there is not None and there.type != "mps":  # Apple's has no float64, which sampling needs
+        known.append(there.type)
     if name not in ("", *known):
         raise ValueError(f"--device {name}: this machine has {' and '.join(known)}")
     kind = name or known[-1]

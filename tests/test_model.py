@@ -21,8 +21,8 @@ from data import Tokenizer
 from fixtures.make import CASES, IDS, POSITIONS, checksums, expected, fill, loss
 from helpers import (OURS, ExplicitDevices, assert_rounds_to, exact_gradient, in_float64,
                      plain_logits, tiny)
-from model import (Continuation, ModelConfig, PrefixCache, Transformer, load_pretrained,
-                   save_pretrained)
+from model import (Continuation, ModelConfig, PrefixCache, Transformer, choose_device,
+                   load_pretrained, save_pretrained)
 from rpt import token_logprobs
 from sampler import generate, last_hidden, pad
 
@@ -570,6 +570,17 @@ def test_the_guard_sees_forward_backward_and_checkpoints():
             Identity.apply(x).sum().backward()
     Identity.apply(x).sum().backward()
     assert x.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("there, chosen", [(None, "cpu"), ("cuda", "cuda:3"), ("xpu", "xpu:3"),
+                                           ("mps", "cpu")])  # without float64
+def test_the_device_is_the_accelerator_that_is_there(there, chosen, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
+    assert choose_device() == torch.device(chosen) and choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device vulkan: this machine has cpu"):
+        choose_device("vulkan")
 
 
 def test_no_file_uses_a_tensor_constructor_which_has_no_device():
