@@ -63,6 +63,15 @@ def test_a_recipe_runs_on_the_toy(launch, name):
     assert f" -m paper.recipes.{name}" in (FOLDER / f"{name}.py").read_text()  # it says how
 
 
+def test_tensorboard_is_told_what_the_metrics_say(launch):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = launch("tensorboard")
+    events = reading.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    wanted = [np.float32(row["reward"]) for row in rows(out / "metrics.jsonl")]
+    assert [event.value for event in events.Scalars("reward")] == wanted
+
+
 # ---- rewards, advantages, filters
 
 

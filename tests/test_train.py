@@ -309,6 +309,18 @@ def test_that_nothing_is_learned_is_said_once_however_often_a_run_is_started(
     assert said.count("all its steps are done; after a change of the code") == 1
 
 
+def test_the_table_passes_over_steps_that_do_not_sample(command, tmp_path, capsys):
+    def now_and_then(policy, optimizer, draw, step, *how):
+        groups, metrics = rpt.rpt_step(policy, optimizer, draw, step, *how)
+        return groups if step == 1 else [], metrics
+
+    train.main(command(tmp_path / "run", "--steps", 3, "--eval-questions", 0),
+               reward=coin, one_step=now_and_then)
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in table] == ["step", "reward", "length"]
+    assert [len(line.split()) for line in table] == [2, 2, 2] and table[0].split()[1] == "1"
+
+
 @pytest.mark.parametrize("figures, words", [
     ({"parsed": 0}, "no response holds a prediction"), ({"truncated": 1}, "no response ends"),
     ({}, "rewards of each group are equal")])

@@ -88,7 +88,7 @@ class ColdStart:
             hidden = self.annotator(pad(contexts, device))
             plain = self.annotator.logits(hidden[rows, bos + places]).softmax(-1)
             logits = self.annotator.logits(hidden[rows, bos + sizes - 1])
-            likely = logits.masked_fill(~sayable(policy, device), -torch.inf).softmax(-1)
+            likely = sayable(policy, logits)
         tails = [int(random.choice(TAIL)) for random in randoms]
         answers = [annotation(tokenizer, question.context[-tail:], guess(random, p))
                    for question, tail, random, p in zip(questions, tails, randoms, likely[:, 0])]
@@ -112,11 +112,12 @@ class ColdStart:
             (loss, -logprobs.sum(), entropy.sum(), nothing, count, nothing)).detach()
 
 
-def sayable(policy, device):
-    """Which ids can be boxed and read back [V]."""
+def sayable(policy, logits):
+    """softmax(logits) [..., V] over the ids that can be boxed and read back."""
     special = set(policy.tokenizer.special.values())
-    return torch.tensor([id not in special and reachable([policy.tokenizer.token_bytes(id)])
-                         for id in range(len(policy.model.head))], device=device)
+    is_one = torch.tensor([id not in special and reachable([policy.tokenizer.token_bytes(id)])
+                           for id in range(logits.shape[-1])], device=logits.device)
+    return logits.masked_fill(~is_one, -torch.inf).softmax(-1)
 
 
 def guess(random, probabilities):

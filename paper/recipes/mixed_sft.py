@@ -34,8 +34,7 @@ def annotated_rows(policy, questions, randoms, template):
     tokenizer = policy.tokenizer
     contexts = [[*tokenizer.bos, *question.context] for question in questions]
     logits = policy.model.logits(last_hidden(policy.model, contexts))
-    likely = logits.masked_fill(~sayable(policy, logits.device), -torch.inf).softmax(-1)
-    for question, random, p in zip(questions, randoms, likely):
+    for question, random, p in zip(questions, randoms, sayable(policy, logits)):
         tail = question.context[-int(random.choice(TAIL)):]
         response = tokenizer.bytes_of(annotation(tokenizer, tail, guess(random, p))[:-1])
         context = tokenizer.bytes_of(question.context).decode(errors="ignore")

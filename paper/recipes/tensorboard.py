@@ -6,7 +6,7 @@ It writes what metrics.jsonl is told, after each step. Expected: the curves of r
 and length that `python -m paper.report` draws too.
 """
 
-from pathlib import Path
+from functools import cache
 
 import train
 from train import log
@@ -14,16 +14,16 @@ from train import log
 
 def main(argv=None):
     from torch.utils.tensorboard import SummaryWriter
-    writers = []
+    writer = cache(SummaryWriter)  # one for each run
 
     def also_log(file, step, *rows):
         log(file, step, *rows)
         if file.name == "metrics.jsonl" and train.is_first():
-            writers[:] = writers or [SummaryWriter(str(Path(file.parent) / "tensorboard"))]
+            events = writer(file.parent / "tensorboard")
             for name, value in rows[0].items():
                 if isinstance(value, (int, float)):
-                    writers[0].add_scalar(name, value, step)
-            writers[0].flush()
+                    events.add_scalar(name, value, step)
+            events.flush()
 
     train.log = also_log
     train.main(argv)
