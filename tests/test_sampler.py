@@ -369,7 +369,7 @@ def test_a_token_inverts_the_cumulative_distribution_exactly(V, temperature):
     rounded = (logits / temperature).log_softmax(-1).exp().double().numpy()
     for row in range(4, 24):  # hard ones: just inside a token's share, beyond float32 sums
         k = int(torch.randint(V, (), generator=generator))
-        share = rounded[row, :k].sum() + 0.05 * rounded[row, k]
+        share = rounded[row, :k].sum() + 0.001 * rounded[row, k]
         uniform[row] = share / rounded[row].sum()
     token, logprob = sample_tokens(logits, uniform, temperature)
     # The logarithm of a float32 sum over the vocabulary is off by 1 to 5 epsilons of the largest
@@ -378,8 +378,9 @@ def test_a_token_inverts_the_cumulative_distribution_exactly(V, temperature):
     for row in range(n):
         ends = list(itertools.accumulate(map(float, rounded[row]), initial=0.0))
         aim = float(uniform[row]) * ends[-1]
-        # The definition; the sums of blocks are rounded to float32, a vocabulary of one is not.
-        slack = epsilon * ends[-1] if V > BLOCK else 0
+        # The definition; the sums of blocks are rounded to float32, a vocabulary of one is not. That
+        # moves a boundary by up to .2 epsilons on three kinds of processor, a float32 sum by more.
+        slack = epsilon / 4 * ends[-1] if V > BLOCK else 0
         assert ends[token[row]] - slack <= aim < ends[token[row] + 1] + slack
         before = exact[row, : token[row]].sum()
         assert before - 16 * scale * epsilon <= uniform[row]
