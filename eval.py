@@ -440,9 +440,9 @@ def table(models: dict[str, dict], title: str = "accuracy") -> str:
     return "\n".join([f"{title} in %, length in tokens, with 95 % intervals", *lines])
 
 
-def shown(interval: Sequence[float | None] | None, factor: float) -> str:
+def shown(interval: Sequence[float | None] | None, factor: float, digits: int = 1) -> str:
     """mean [low, high]; - for what was not measured."""
-    mean, *bounds = [f"{factor * x:.1f}" for x in interval or () if x is not None] or "-"
+    mean, *bounds = [f"{factor * x:.{digits}f}" for x in interval or () if x is not None] or "-"
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
@@ -636,7 +636,7 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
         check_corpus(run, corpus.fingerprint)
         if options.perplexity:
             found = perplexity(load_pretrained(source, *how), corpus, method.max_prompt)
-            yield f"{folder.name}: perplexity of held-out documents {found}"
+            yield f"{folder.name}: perplexity of held-out documents {shown(found, 1, digits=3)}"
             return
         proxy = Proxy(options.proxy or source, cache, method.max_prompt, *how)
         where = PositionFilter(min_context=options.min_context, max_context=options.max_context,
