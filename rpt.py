@@ -41,7 +41,7 @@ from sampler import Completion, generate, last_hidden, pad
 
 STD_EPSILON = 1e-6  # added to a group's standard deviation, which is not 0 where it is used
 LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
-PADDING = 1 / 8  # of the tokens of a training slice, at most
+PADDING = 1 / 32  # of the tokens that a training slice has room for, at most
 
 
 def option(default, doc: str, **limits):
@@ -394,12 +394,14 @@ def training_batches(examples: Sequence[Example],
 
 
 def pack(items: Sequence, length: Callable, budget: int, padding: float = PADDING) -> list[list]:
-    """Items, longest first, in parts of at most `budget` padded tokens of which at most the share
-    `padding` is padding; an item that is longer than the budget is a part of its own."""
+    """Items, longest first, in parts of at most `budget` padded tokens, at most the share `padding`
+    of the budget for padding; an item that is longer than the budget is a part of its own. A share
+    of the budget and not of the part, because a pass through all layers costs an accelerator the
+    same for few tokens as for many."""
     parts, real = [], 0
     for item in sorted(items, key=length, reverse=True):  # stable: the same on every run
         padded = (len(parts[-1]) + 1) * length(parts[-1][0]) if parts else math.inf
-        if padded <= budget and padded - real - length(item) <= padding * padded:
+        if padded <= budget and padded - real - length(item) <= padding * budget:
             parts[-1].append(item)
             real += length(item)
         else:

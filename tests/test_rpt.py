@@ -262,7 +262,7 @@ def test_the_end_token_is_trained_and_nothing_after_it():
     assert_gradient(gradient(model, [group], method), model, rows, 0.8)
 
 
-def test_slices_hold_every_response_once_within_the_budget():
+def test_slices_hold_every_response_once_within_the_budget_and_little_padding():
     random = np.random.default_rng(3)
     examples = []
     for number in range(20):  # the advantage says which prompt, the first token which response
@@ -277,6 +277,8 @@ def test_slices_hold_every_response_once_within_the_budget():
             for part in slices:
                 padded = len(part) * max(len(r.ids) for _, r in part)
                 assert width + padded <= budget or len(part) == 1
+                padding = padded - sum(len(r.ids) for _, r in part)
+                assert padding <= max(0, budget - width) * rpt.PADDING
                 seen += [(r.advantage, r.ids[0]) for _, r in part]
                 assert all(prompts[row] is examples[r.advantage][0] for row, r in part)
         assert sorted(seen) == list(itertools.product(range(20), range(6)))

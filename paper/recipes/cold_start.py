@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +115,16 @@ class ColdStart:
 
 def sayable(policy, logits):
     """softmax(logits) [..., V] over the ids that can be boxed and read back."""
-    special = set(policy.tokenizer.special.values())
-    is_one = torch.tensor([id not in special and reachable([policy.tokenizer.token_bytes(id)])
-                           for id in range(logits.shape[-1])], device=logits.device)
-    return logits.masked_fill(~is_one, -torch.inf).softmax(-1)
+    boxed = boxable(policy.tokenizer, logits.shape[-1]).to(logits.device)
+    return logits.masked_fill(~boxed, -torch.inf).softmax(-1)
+
+
+@cache
+def boxable(tokenizer, count):
+    """Which of the first `count` ids can be boxed and read back."""
+    special = set(tokenizer.special.values())
+    return torch.tensor([id not in special and reachable([tokenizer.token_bytes(id)])
+                         for id in range(count)], device="cpu")
 
 
 def guess(random, probabilities):
