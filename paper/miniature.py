@@ -68,7 +68,7 @@ ASKED = ("--template toy --max-prompt 256 --max-response 96 --device cpu --regio
 TEMPLATES = {f"template-{name}": f"{STORIES} --samples 8 --questions 100 --template {name} "
              "--max-prompt 416" for name in ("toy", "v0", "v1", "v2", "v3", "v4", "v5", "v6")}
 WORLD = ("A shell game told in text, see toy/make.py. The base has learned from an annotator who "
-         "errs at each swap with probability 0.15 and goes on from the wrong cup, so that there is "
+         "after each swap takes any cup with probability 0.15 and goes on from there, so that there is "
          "something to mend; RPT sees plain stories only. It shows what the method does to a model "
          "that can reason but does it badly. It is no finding about language.")
 
