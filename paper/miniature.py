@@ -68,8 +68,8 @@ ASKED = ("--template toy --max-prompt 256 --max-response 96 --device cpu --regio
 TEMPLATES = {f"template-{name}": f"{STORIES} --samples 8 --questions 100 --template {name} "
              "--max-prompt 416" for name in ("toy", "v0", "v1", "v2", "v3", "v4", "v5", "v6")}
 WORLD = ("A shell game told in text, see toy/make.py. The base has learned from an annotator who "
-         "after each swap takes any cup with probability 0.15 and goes on from there, so that there is "
-         "something to mend; RPT sees plain stories only. It shows what the method does to a model "
+         "after each swap takes any cup with probability 0.15 and goes on from there: something to "
+         "mend. RPT sees plain stories only. It shows what the method does to a model "
          "that can reason but does it badly. It is no finding about language.")
 
 
@@ -196,7 +196,7 @@ def section(title: str, text: str, head: Sequence[str], rows: Sequence[Sequence]
 
 
 def claims(found: Findings) -> dict:
-    """The signs of the paper, and of RPT beside Mixed SFT, which is not in it, with their figures."""
+    """The signs of the paper, and of RPT beside Mixed SFT (not in it), with their figures."""
     rows = []
     for split, nats in SPLITS.items():
         for measure in ("standard", "reasoning"):
