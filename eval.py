@@ -636,6 +636,7 @@ def measured(folder: Path, run: dict, options: Measure, method: Method) -> Itera
         check_corpus(run, corpus.fingerprint)
         if options.perplexity:
             found = perplexity(load_pretrained(source, *how), corpus, method.max_prompt)
+            Path(options.out or os.devnull).write_text(json.dumps(found) + "\n")
             yield f"{folder.name}: perplexity of held-out documents {shown(found, 1, digits=3)}"
             return
         proxy = Proxy(options.proxy or source, cache, method.max_prompt, *how)

@@ -93,11 +93,8 @@ def exam(folder: Path, name: str, file: str, line: str) -> None:
     """Asks a model; the records are complete or absent."""
     out = folder / name / f"{file}.jsonl"
     if not out.exists():
-        part = folder / name / "part"
-        said = command(folder, f"eval {name}/model {ASKED} --out {name}/part {line}")
-        if file == "perplexity":
-            part.write_text(said[said.index("["):])
-        part.rename(out)
+        command(folder, f"eval {name}/model {ASKED} --out {name}/part {line}")
+        (folder / name / "part").rename(out)
 
 
 def build(folder: Path, name: str) -> None:

@@ -518,8 +518,9 @@ def test_the_command_measures_a_model_on_a_corpus(toy, command):
                             "solution", "--template", "toy", "--samples", "2")
     assert "base, standard" in said and "base, majority vote" in said and "base, pass@2" in said
     assert len(records) == 20 and all(len(record["responses"]) == 2 for record in records)
-    said, _ = command("--corpus", toy / "corpus.jsonl", "--holdout", "30", "--perplexity")
-    assert re.search(r"held-out documents \d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\]", said)
+    said, [found] = command("--corpus", toy / "corpus.jsonl", "--holdout", "30", "--perplexity")
+    assert 1 < found[1] < found[0] < found[2]
+    assert "perplexity of held-out documents {:.3f} [{:.3f}, {:.3f}]".format(*found) in said
 
 
 def test_the_command_measures_answers_and_multiple_choice(toy, base, command, tmp_path):

@@ -79,3 +79,10 @@ def test_a_chain_is_counted_against_the_swaps_of_its_story():
                            ("A 4 A B B.</think>", "partial"),
                            ("</think> 4 A B B. 5 C D B.", "none")):
         assert miniature.chain({"context": story, "response": response}) == kind
+
+
+def test_perplexity_is_the_geometric_mean_over_seeds_which_are_independent(seeds):
+    for folder, mean in zip(seeds, (2.0, 8.0)):
+        (folder / "a" / "perplexity.jsonl").write_text(json.dumps([mean, mean / 2, mean * 2]))
+    wide = 2 ** (1 / 2 ** 0.5)  # the factor 2 of one seed
+    assert miniature.perplexity(seeds, "a") == f"4.000 [{4 / wide:.3f}, {4 * wide:.3f}]"
