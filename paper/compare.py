@@ -7,6 +7,7 @@ Each line is B's accuracy less A's in points: of the same questions, so that wha
 hard for both does not widen the interval. `reasoning` is the mean over samples.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from eval import SPLITS, bootstrap_interval, measures
 from paper.report import read_lines
 
-PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "reasoning"))
+PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "reasoning"),
+         ("standard", "majority vote"))
 
 
 def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
@@ -38,9 +40,12 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    first, second = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m paper.compare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs=2, help="what eval.py --out wrote of A, and of B")
+    args = parser.parse_args(argv)
     try:
-        print("\n".join(differences(*(list(read_lines(Path(file))) for file in (first, second)))))
+        print("\n".join(differences(*(list(read_lines(file)) for file in args.files))))
     except ValueError as error:
         sys.exit(f"paper.compare: {error}")
 

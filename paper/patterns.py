@@ -3,6 +3,7 @@
     python -m paper.patterns RUN           in % by tenths of a run, beside what else changes
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -41,8 +42,11 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    (folder,) = sys.argv[1:] if argv is None else argv
-    rows = list(read_lines(Path(folder) / "rollouts.jsonl"))
+    parser = argparse.ArgumentParser(prog="python -m paper.patterns",
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/toy")
+    folder = parser.parse_args(argv).run
+    rows = list(read_lines(folder / "rollouts.jsonl"))
     if not rows:
         sys.exit(f"paper.patterns: {folder}: no rollouts.jsonl of a run with samples")
     head = ["steps", "reward", "parsed", "tokens", *PATTERNS]

@@ -273,8 +273,12 @@ def test_paired_differences_are_those_of_the_same_questions():
     assert f"B's reasoning less A's reasoning, easy (8): {mean:+.1f} [{low:+.1f}, {high:+.1f}]" \
         in lines
     assert "B's standard less A's standard, easy (8): +50.0 [+50.0, +50.0]" in lines
+    assert "B's majority vote less A's standard, easy (8): +50.0 [+50.0, +50.0]" in lines
     assert not [line for line in lines if "hard" in line]  # no question is above 1.5 nats
     with pytest.raises(ValueError, match="other questions"):
         compare.differences(first, second[1:])
     with pytest.raises(SystemExit, match="no records"):
         compare.main(["nowhere.jsonl", "nowhere either.jsonl"])
+    with pytest.raises(SystemExit) as stop:  # not a traceback
+        compare.main(["alone.jsonl"])
+    assert stop.value.code == 2
