@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m paper.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs=2, help="what eval.py --out wrote of A, and of B")
+    parser.add_argument("files", type=Path, nargs=2,
+                        metavar=("a.jsonl", "b.jsonl"), help="what eval.py --out wrote of A, of B")
     args = parser.parse_args(argv)
     try:
         print("\n".join(differences(*(list(read_lines(file)) for file in args.files))))
