@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m paper.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs=2,
-                        metavar=("a.jsonl", "b.jsonl"), help="what eval.py --out wrote of A, of B")
-    args = parser.parse_args(argv)
+    for file in ("a.jsonl", "b.jsonl"):
+        parser.add_argument(file, type=Path, help="what eval.py --out wrote")
+    files = vars(parser.parse_args(argv)).values()
     try:
-        print("\n".join(differences(*(list(read_lines(file)) for file in args.files))))
+        print("\n".join(differences(*(list(read_lines(file)) for file in files))))
     except ValueError as error:
         sys.exit(f"paper.compare: {error}")
 

@@ -279,6 +279,7 @@ def test_paired_differences_are_those_of_the_same_questions():
         compare.differences(first, second[1:])
     with pytest.raises(SystemExit, match="no records"):
         compare.main(["nowhere.jsonl", "nowhere either.jsonl"])
-    with pytest.raises(SystemExit) as stop:  # not a traceback
-        compare.main(["alone.jsonl"])
-    assert stop.value.code == 2
+    for wanting, code in ((["alone.jsonl"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stop:  # not a traceback
+            compare.main(wanting)
+        assert stop.value.code == code
