@@ -3,7 +3,7 @@
     torchrun -m paper.recipes.auxiliary_loss [train.py's arguments]
 
 Two losses gather in the same gradients before one optimizer step. What to expect on the toy: the
-same accuracy within its interval.
+same next-token accuracy within its interval.
 """
 
 import time

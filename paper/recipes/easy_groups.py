@@ -3,7 +3,7 @@
     torchrun -m paper.recipes.easy_groups [train.py's arguments]
 
 After arXiv 2608.23256, against lengths and entropies that shrink. What to expect on the toy: two to
-three points less than without it after as many steps, and no longer responses.
+four points less than without it after as many steps, and no longer responses.
 """
 
 import time
