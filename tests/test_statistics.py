@@ -200,6 +200,9 @@ def test_the_patterns_of_a_run_are_shown_by_tenths(tmp_path, capsys):
     assert lines[9].split()[:6] == ["18", "to", "19", "100.0", "100.0", "38.5"]
     with pytest.raises(SystemExit, match="no rollouts.jsonl"):
         main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:  # not a traceback
+        main([])
+    assert stop.value.code == 2
 
 
 def test_reasoning_patterns_are_shares_of_responses():
