@@ -447,7 +447,7 @@ def test_a_number_out_of_its_range_is_refused_before_any_work(command, tmp_path,
 @pytest.mark.parametrize("arguments, words", [
     (["--no-such-option", 1], "unrecognized arguments"), (["--steps", "many"], "invalid int"),
     (["--template", "v9"], "invalid choice"), (["--device", "gpu"], "--device gpu"),
-    (["--filter", "top", "--filter-value", 5], "--filter-value 5.0"),
+    (["--filter", "top", "--filter-value", 1.1], "--filter-value 1.1"),
     (["--stage", "rlvr", "--reward", "dense"], "no next token"),
     (["--reward", "answer"], "no answer"), (["--max-context", 2, "--min-context", 3], "below"),
     (["--max-response", 10**6], "positions"), (["--max-prompt", 3], "template toy"),
