@@ -1,87 +1,81 @@
 """Reinforcement Pre-Training (arXiv 2506.08007): the method itself, without files or arguments.
 
-One step, `rpt_step`, sections 3.2 and 3.3 of the paper:
+One step, `rpt_step` (sections 3.2 and 3.3 of the paper):
 
-    completions = generate(policy, prompts, samples=G, temperature=T)          rollout()
+    completions = generate(policy, prompts, samples=G, temperature=...)        rollout()
     rewards     = reward(responses, question, policy)                          reward.py
     advantages  = (R - mean R) / std R, within the group of one question       group_advantages()
     loss        = - sum over tokens of min(r A, clip(r) A) / tokens            policy_loss()
 
-Exactly on-policy (one update per batch, the default) the ratio r is 1 and clipping never acts, so
-no second forward pass for old log-probabilities is made. Groups whose rewards are all equal have
-no gradient and are not computed; their tokens still count in what the loss is divided by. A step
-without any gradient is left out, because AdamW's momentum and weight decay would move the weights.
+This is GRPO, with these choices:
 
-The policy is the distribution that is sampled, softmax(logits / T): its log-probabilities are what
-sampler and loss speak of, so the temperature is in both. A response that does not finish is b"" to
-the reward, and trained like any other, on all its tokens.
+1. On-policy. With one update per batch (the default) the ratio r is 1, clipping never acts, and no
+   second forward pass for old log-probabilities is needed.
+2. The policy is softmax(logits / temperature), the distribution that is sampled. The temperature is
+   in the sampler's log-probabilities and in the loss.
+3. The loss is a mean over all tokens of the step, on all processes (DAPO). So every token weighs
+   the same, and the update does not depend on micro-batches or on the number of processes.
+4. A group with equal rewards has no gradient and is not computed, but its tokens count in the mean.
+   A step without any informative group makes no optimizer step, because AdamW's momentum and weight
+   decay would move the weights.
+5. A response that hits the length limit is passed to the reward as b"" and earns nothing. It is
+   trained like any other (no overlong filtering).
 
-Everything is counted over all processes: questions are dealt to them by number; the loss is divided
-by the tokens of the whole step, so that a token weighs the same whichever process has it, and the
-update does not depend on their number; no process decides alone what the others have to wait for.
-
-Letters in shapes: Q questions, G responses to each, N tokens, V vocabulary; T, in [B, T], tokens of
-the longest. """
+Letters in shapes: Q questions, G responses to each, B rows, L tokens of the longest row, N tokens,
+V vocabulary.
+"""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from data import TEMPLATES, Question, Tokenizer, prompt_ids
-from model import (Continuation, PrefixCache, Transformer, all_gather, all_sum, rank_and_world,
-                   take_rows, unsharded)
-from sampler import Completion, generate, last_hidden, pad
+from model import (Continuation, Prompts, Transformer, all_gather, all_sum, last_hidden, pad,
+                   rank_and_world, take_rows, unsharded)
+from sampler import Completion, generate
 
-STD_EPSILON = 1e-6  # added to a group's standard deviation, which is not 0 where it is used
-LOG_RATIO_LIMIT = 20.0  # |log ratio| beyond which the ratio is held, so that exp cannot overflow
-PADDING = 1 / 32  # of the tokens that a training slice has room for, at most
+STD_EPSILON = 1e-6  # added to a group's standard deviation
+MAX_REFILLS = 4  # how often dynamic sampling draws again in one step
+LOG_RATIO_LIMIT = 20.0  # the log ratio is clamped to this, so that exp cannot overflow
+PADDING = 1 / 32  # largest share of a slice of responses that may be padding
+HEAD_CHUNK = 1024  # tokens whose logits exist at a time
 
 
-def option(default, doc: str, **limits):
-    """A dataclass field from which train.py makes a command-line option.
+def option(default, doc: str, **how):
+    """Return a dataclass field that is also a command-line option (see eval.parser_of).
 
-    limits: `choices`, or for a number `at_least`, `above`, `at_most`; each number needs one.
+    how: `choices`, or `least` for the smallest number allowed (default: 1, or above 0 for a float).
     """
-    return field(default=default, metadata={"help": doc, **limits})
+    return field(default=default, metadata={"help": doc, **how})
 
 
 @dataclass(frozen=True)
 class Method:
-    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B), but for
-    dynamic_from and grad_clip, which train.py's recipe `paper` sets."""
+    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B)."""
 
-    questions: int = option(256, "questions per step", at_least=1)
-    group_size: int = option(8, "responses per question, G; a group compares", at_least=2)
-    temperature: float = option(0.8, "of sampling, and of the policy loss: a greedy policy has no "
-                                     "gradient", above=0)
-    max_prompt: int = option(4096, "tokens of a prompt; a longer context loses its beginning",
-                             at_least=1)
-    max_response: int = option(8192, "tokens of a response", at_least=1)
-    template: str = option("v0", "prompt template, by its name in data.py (paper, appendix D)",
-                           choices=TEMPLATES)
+    questions: int = option(256, "questions per step")
+    group_size: int = option(8, "responses per question, G", least=2)
+    temperature: float = option(0.8, "of sampling, and in the policy loss", least=0)
+    max_prompt: int = option(4096, "tokens of a prompt; a longer context loses its beginning")
+    max_response: int = option(8192, "tokens of a response")
+    template: str = option("v0", "prompt template (paper, appendix D)", choices=TEMPLATES)
     scale_by_std: bool = option(True, "divide advantages by the group's standard deviation")
-    loss_type: str = option("token", "the loss is a mean over tokens (DAPO), over sequences (GRPO) "
-                                     "or over constant lengths (Dr. GRPO)",
-                            choices=("token", "sequence", "constant"))
-    updates: int = option(1, "optimizer steps on each batch; 1 is exactly on-policy", at_least=1)
-    clip_low: float = option(0.2, "ratios below 1 - this are clipped", at_least=0, at_most=1)
-    clip_high: float = option(0.2, "ratios above 1 + this are clipped", at_least=0)
+    updates: int = option(1, "optimizer steps on each batch; 1 is exactly on-policy")
+    clip_low: float = option(0.2, "ratios below 1 - this are clipped")
+    clip_high: float = option(0.2, "ratios above 1 + this are clipped")
     dynamic_from: int = option(-1, "from this step on replace questions whose responses are all "
-                                   "right or all wrong; -1: never", at_least=-1)
-    max_refills: int = option(4, "how often dynamic sampling draws again for one step", at_least=0)
-    grad_clip: float = option(1.0, "largest gradient norm", above=0)
-    micro_tokens: int = option(16384, "tokens alive in training: prompts and a slice of responses",
-                               at_least=1)
-    max_rows: int = option(256, "responses decoded at a time by one process", at_least=1)
-    cache_tokens: int = option(0, "tokens of keys and values held at a time by one process; "
-                                  "0: no limit but --max-rows", at_least=0)
+                                   "right or all wrong; -1: never", least=-1)
+    grad_clip: float = option(1.0, "largest gradient norm")
+    micro_tokens: int = option(16384, "tokens of a forward and backward pass in training")
+    max_rows: int = option(256, "responses decoded at a time by one process")
+    cache_tokens: int = option(2**20, "tokens of keys and values held by one process")
 
 
 @dataclass
@@ -90,40 +84,35 @@ class Policy:
 
     model: Transformer
     tokenizer: Tokenizer
-    _seen: tuple = (None, None)  # the last question, and the probabilities behind its context
-
-    def tokens(self, prediction: bytes) -> list[bytes]:
-        """The bytes of each token of a prediction; none if it is not UTF-8."""
-        return self.tokenizer.tokens(prediction)
 
     @torch.no_grad()
-    def probability(self, question: Question, token: bytes) -> float:
-        """P(token | context) by plain next-token prediction (paper, appendix A); 0 for bytes that
-        are no token. A context beyond the model's positions loses its beginning."""
-        if self._seen[0] is not question:  # each response of a group asks
-            window = self.model.config.max_position_embeddings - 1
-            context = [*self.tokenizer.bos, *question.context[-window:]]
-            logits = self.model.logits(last_hidden(self.model, [context]))[0]
-            self._seen = question, logits.softmax(-1)
-        return float(self._seen[1][self.tokenizer.ids_of_token(token)].sum())
+    def next_logits(self, question: Question) -> Tensor:
+        """Return the logits [V] of plain next-token prediction at a question."""
+        room = self.model.config.max_position_embeddings - 1
+        context = [*self.tokenizer.bos, *question.context[-room:]]
+        return self.model.logits(last_hidden(self.model, [context]))[0]
+
+    def next_token(self, question: Question) -> Callable[[bytes], float]:
+        """Return P(token | context) as a function of the token's bytes (appendix A)."""
+        probabilities = self.next_logits(question).softmax(-1)
+        return lambda token: float(probabilities[self.tokenizer.ids_of[token]].sum())
 
 
 @dataclass
 class Group:
     """The responses to one question and what they earned."""
 
-    number: tuple[int, int]  # (retry, index in its draw) in the step, whichever process holds it
+    number: tuple[int, int, int]  # (step, retry, index in the draw), the same on any process
     question: Question
     prompt: list[int]
     completions: list[Completion]
     responses: list[bytes]  # without the end token
     rewards: list[float]
-    advantages: list[float]
     kept: bool = True  # False: dynamic sampling has replaced it
 
     @property
     def informative(self) -> bool:
-        """Not all rewards are equal: the group has a gradient."""
+        """Not all rewards are equal, so the group has a gradient."""
         return any(reward != self.rewards[0] for reward in self.rewards)
 
 
@@ -131,15 +120,12 @@ class Group:
 
 
 def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
-    """rewards [Q, G] -> advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), or R - mean.
+    """Map rewards [Q, G] to advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), or R - mean.
 
-    The standard deviation is unbiased. A group of equal rewards is exactly zero, tested on the
-    rewards: R - mean is not always 0 in floating point, and divided by a deviation as small it is
-    of order one. ValueError for groups of one.
+    The standard deviation is unbiased. It makes a rare success weigh more than a frequent one.
+    Equal rewards give exactly zero. That is tested on the rewards, because R - mean may be rounding
+    noise, and noise divided by its own deviation is of order 1.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError("a group needs at least 2 responses to compare, "
-                         f"rewards are {list(rewards.shape)}")
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_by_std:
@@ -147,89 +133,33 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     return torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, advantages)
 
 
-class _HeadLogprobs(torch.autograd.Function):
-    """Log-probability and entropy from hidden states, a chunk of tokens at a time, both ways."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-        ctx.temperature, ctx.chunk = temperature, head_chunk(len(weight), weight.device)
-        logprobs, entropies = [], []
-        for h, t in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk)):
-            logp = ((h @ weight.T).float() / temperature).log_softmax(-1)
-            logprobs.append(logp.gather(1, t[:, None])[:, 0])
-            entropies.append(-(logp.exp() * logp).sum(-1))
-        logprobs, entropies = torch.cat(logprobs), torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(ctx, grad_logprobs: Tensor, _):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for begin in range(0, len(hidden), ctx.chunk):
-            part = slice(begin, begin + ctx.chunk)
-            logits = (hidden[part] @ weight.T).float() / ctx.temperature
-            by_logprob = grad_logprobs[part, None] / ctx.temperature
-            grad = logits.softmax(-1).mul_(-by_logprob)  # d logp[t] / d logits = 1[t] - p
-            grad = grad.scatter_add_(1, targets[part, None], by_logprob).to(hidden.dtype)
-            grad_hidden[part] = grad @ weight
-            if grad_weight is not None and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[part])  # without a second matrix of its size
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None
-
-
-def head_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logits are held at a time; each chunk reads and writes the head's whole
-    gradient.
-
-    On a CPU a million logits, which stay in its cache and below the size that malloc gives back to
-    the kernel each time, or 512 tokens; on an accelerator a quarter of a billion.
-    """
-    if device.type == "cpu":
-        return max(512, 2**20 // vocab_size)
-    return min(4096, max(1024, 2**28 // vocab_size))
-
-
-def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
-                   temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """hidden [N, hidden_size], targets [N] -> log-probability of each target, and the entropy of
-    its distribution, which has no gradient.
-
-    Both float32 [N], in nats, at `temperature`. The [N, V] logits never exist: only those of a
-    chunk of tokens do at a time, and the backward pass computes them again.
-    """
-    return _HeadLogprobs.apply(hidden, model.head, targets, temperature)
-
-
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor,
                 clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
-    """GRPO's clipped surrogate, - sum_i w_i min(r_i A_i, clip(r_i, 1 - low, 1 + high) A_i), [N].
-
-    r = exp(logprobs - old_logprobs). weights say what the loss is a mean of, see `token_weight`.
-    """
+    """Return GRPO's clipped surrogate over tokens [N], with r = exp(logprobs - old_logprobs):
+    - sum_i weights_i min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)."""
     ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
 
 
-def token_weight(length: int, method: Method, tokens: float, sequences: float) -> float:
-    """The weight of each token of a response of `length` in a loss over `tokens` tokens of
-    `sequences` responses in all.
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
+                   temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target, and the entropy of its distribution.
 
-    "token": every token counts the same (DAPO). "sequence": every response does (GRPO as
-    published). "constant": divided by the length limit, whatever the length (Dr. GRPO).
+    hidden [N, hidden_size], targets [N]; both results are float32 [N] in nats, at `temperature`.
+    Only the entropy has no gradient. The [N, V] logits never exist as a whole: backward computes
+    each chunk of them again.
     """
-    if method.loss_type == "token":
-        return 1 / max(tokens, 1)
-    per_response = length if method.loss_type == "sequence" else method.max_response
-    return 1 / (max(sequences, 1) * per_response)
+    def chunk(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+        chosen = logprobs.gather(1, targets[:, None])[:, 0]
+        logprobs = logprobs.detach()  # so that backward recomputes nothing after this line
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+    parts = [checkpoint(chunk, h, model.head, t, use_reentrant=False) for h, t in chunks]
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 # ----------------------------------------------------------------------------------------- step
@@ -238,99 +168,72 @@ def token_weight(length: int, method: Method, tokens: float, sequences: float) -
 def rpt_step(policy: Policy, optimizer: torch.optim.Optimizer,
              draw: Callable[[int, int], Sequence[Question]], step: int, method: Method,
              reward: Callable, seed: int) -> tuple[list[Group], dict]:
-    """One step of RPT: this process's groups, and the update's metrics with the seconds it took.
+    """Run one step of RPT; returns this process's groups, and the metrics of the update.
 
-    draw(step, retry) gives the same questions on every process.
+    draw(step, retry) must return the same questions on every process.
     """
-    timing, begin = Counter(), time.perf_counter()
-    groups = sample_groups(policy, draw, step, method, reward, seed, timing)
-    timing["rollout"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    groups = sample_groups(policy, draw, step, method, reward, seed)
+    sampled = time.perf_counter()
     metrics = update(policy.model, optimizer, [group for group in groups if group.kept], method)
-    timing["train"] = time.perf_counter() - begin - timing["rollout"]
-    return groups, metrics | {"time": timing}
+    seconds = {"rollout": sampled - begin, "train": time.perf_counter() - sampled}
+    return groups, metrics | {"seconds": seconds}
 
 
 def sample_groups(policy: Policy, draw: Callable[[int, int], Sequence[Question]], step: int,
-                  method: Method, reward: Callable, seed: int, timing: Counter) -> list[Group]:
-    """This process's share of the groups of a step, those that were replaced among them.
+                  method: Method, reward: Callable, seed: int) -> list[Group]:
+    """Sample this process's groups for one step, including groups that dynamic sampling replaces.
 
     Dynamic sampling (DAPO; the paper from step 500) keeps only informative groups and draws again
-    until the batch is full or `max_refills` is reached.
+    until the batch is full or MAX_REFILLS is reached.
     """
     rank, world = rank_and_world()
-    dynamic = 0 <= method.dynamic_from <= step
-    groups: list[Group] = []
-    with unsharded(policy.model):
-        for retry in range(1 + dynamic * method.max_refills):
-            mine = [((retry, n), question) for n, question in enumerate(draw(step, retry))
-                    if n % world == rank]
-            groups += rollout(policy, mine, method, reward, seed, step, timing)
-            usable = [g.number for g in groups if g.informative or not dynamic]
-            usable = sorted(number for part in all_gather(usable) for number in part)
-            if len(usable) >= method.questions:
-                break
-    chosen = set(usable[: method.questions])
-    for group in groups:
-        group.kept = group.number in chosen
-    return groups
-
-
-def rollout(policy: Policy, questions: Sequence[tuple[tuple[int, int], Question]], method: Method,
-            reward: Callable, seed: int, step: int, timing: Counter | None = None) -> list[Group]:
-    """Samples and rewards G responses to each numbered question; nobody waits for others here.
-
-    An unfinished response is given to the reward as b"": what was not said in time earns nothing.
-    """
-    prompts = [prompt_ids(policy.tokenizer, question, method.template, method.max_prompt)
-               for _, question in questions]
-    # with the seed all of the randomness
-    keys = [step << 40 | retry << 32 | index for (retry, index), _ in questions]
-    spent: dict = {}
-    completions = generate(
-        policy.model, prompts, keys=keys, timing=spent, samples=method.group_size, seed=seed,
-        max_new_tokens=method.max_response, temperature=method.temperature,
-        eos_ids=policy.tokenizer.eos_ids, max_rows=method.max_rows,
-        cache_tokens=method.cache_tokens or None)
-    if timing is not None:
-        timing.update(spent)  # adds up
+    retries = MAX_REFILLS if 0 <= method.dynamic_from <= step else 0
     groups = []
-    for (number, question), prompt, group in zip(questions, prompts, completions):
-        responses = [policy.tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
-        said = [text if c.finished else b"" for text, c in zip(responses, group)]
-        rewards = reward(said, question, policy)
-        rewards_QG = torch.tensor([rewards], dtype=torch.float64, device="cpu")
-        advantages = group_advantages(rewards_QG, method.scale_by_std)[0].tolist()
-        groups.append(Group(number, question, prompt, group, responses, rewards, advantages))
+    with unsharded(policy.model):
+        for retry in range(1 + retries):
+            questions = draw(step, retry)
+            mine = {(step, retry, n): questions[n] for n in range(rank, len(questions), world)}
+            groups += rollout(policy, mine, method, reward, seed)
+            usable = all_gather([g.number for g in groups if g.informative or not retries])
+            usable = sorted(chain(*usable))[: method.questions]
+            if len(usable) == method.questions:
+                break
+    for group in groups:
+        group.kept = group.number in usable
     return groups
 
 
-def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequence[Group],
-           method: Method) -> dict[str, float]:
-    """One optimizer step (or `method.updates`) on everyone's groups; metrics, the same everywhere.
+def rollout(policy: Policy, questions: dict[tuple[int, int, int], Question], method: Method,
+            reward: Callable, seed: int) -> list[Group]:
+    """Sample and reward G responses to each numbered question. Processes do not wait here.
 
-    A step without any informative group, or with a number that is not finite (skipped 1), leaves
-    the weights as they are.
+    Together with the seed, a question's number determines all of its randomness.
     """
-    completions = [c for group in groups for c in group.completions]
-    tokens, sequences, informative, broken = all_sum(
-        sum(len(c.ids) for c in completions), len(completions),
-        sum(group.informative for group in groups),
-        sum(not math.isfinite(sum(c.logprobs)) for c in completions))
-    metrics = {"skipped": float(broken > 0)}
-    for _ in range(method.updates if informative else 0):
-        if not metrics["skipped"]:
-            optimizer.zero_grad(set_to_none=True)
-            figures = accumulate(model, policy_examples(groups, method, tokens, sequences), method)
-            metrics = optimizer_step(model, optimizer, figures, method.grad_clip)
-    return metrics | {"informative": informative}
+    tokenizer, groups = policy.tokenizer, []
+    prompts = [prompt_ids(tokenizer, question, method.template, method.max_prompt)
+               for question in questions.values()]
+    completions = generate(
+        policy.model, prompts, samples=method.group_size, max_new_tokens=method.max_response,
+        temperature=method.temperature, eos_ids=tokenizer.eos_ids, seed=seed,
+        keys=[step << 40 | retry << 32 | n for step, retry, n in questions],
+        max_rows=method.max_rows, cache_tokens=method.cache_tokens)
+    for (number, question), prompt, group in zip(questions.items(), prompts, completions):
+        responses = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in group]
+        finished = [text if c.finished else b"" for text, c in zip(responses, group)]
+        rewards = list(reward(finished, question, policy))
+        if len(rewards) != len(group) or not math.isfinite(sum(rewards)):
+            raise ValueError(f"the reward of {len(group)} responses is {rewards}")
+        groups.append(Group(number, question, prompt, group, responses, rewards))
+    return groups
 
 
-# ------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- update
 
 
 @dataclass(frozen=True)
 class Response:
-    """What is learned of one response."""
+    """What is learned from one response."""
 
     ids: Sequence[int]
     logprobs: Sequence[float]  # nats, the sampler's
@@ -339,67 +242,71 @@ class Response:
 
 
 Example = tuple[Sequence[int], list[Response]]  # a prompt and the responses to it
-Slice = list[tuple[int, Response]]  # each with the row of its prompt in a batch of prompts
-IDLE_SLICE: Slice = [(0, Response([0], [0.0], 0.0, 0.0))]  # while other processes have more to do
+IDLE = [(0, Response([0], [0.0], 0.0, 0.0))]  # a slice for a process that has no more of its own
 
 
-def policy_examples(groups: Sequence[Group], method: Method, tokens: float,
-                    sequences: float) -> list[Example]:
-    """The informative groups, in a loss over `tokens` tokens of `sequences` responses in all."""
-    return [(group.prompt, [
-        Response(c.ids, c.logprobs, advantage, token_weight(len(c.ids), method, tokens, sequences))
-        for c, advantage in zip(group.completions, group.advantages)])
-        for group in groups if group.informative]
+def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequence[Group],
+           method: Method) -> dict[str, float]:
+    """Make `method.updates` optimizer steps on the groups of all processes; returns the metrics of
+    the last one, the same on every process.
 
-
-def accumulate(model: Transformer, examples: Sequence[Example], method: Method) -> list[Tensor]:
-    """Adds the gradient of everyone's examples to the parameters; returns the figures of each pass,
-    for `optimizer_step`.
-
-    A batch of prompts is computed once. Its keys, values and last hidden states are taken as
-    leaves, slices of responses to any of its prompts run forward and backward one by one, and what
-    gathered on the leaves goes backward through the prompts. That is the chain rule, so the
-    gradient is the same whatever `micro_tokens`, and what is alive is the prompts' graph and one
-    slice. Every process makes as many passes as the busiest one, agreed on before anyone begins,
-    because a pass gathers shards from all. Each pass also sums its gradient over the processes: to
-    do that in the last one only would save transfers, and hold a whole float32 gradient on each
-    process until then, 59 GB for 14 B weights.
+    The differences to the sampler (logprob_diff) are those of the first step, before the weights
+    move. If a step is not finite it changes nothing, and it is the last.
     """
-    batches = training_batches(examples, method.micro_tokens)
-    agreed = zip_longest(*all_gather([len(slices) for _, slices in batches]), fillvalue=0)
-    counts, figures = list(map(max, agreed)), []
-    for number, count in enumerate(counts):
-        prompts, slices = batches[number] if number < len(batches) else ([[0]], [])
-        prefix = PrefixCache(list(map(len, prompts)), model.head.device)
-        last = last_hidden(model, prompts, prefix)
-        roots = [*prefix.tensors(), last]
-        prefix, last = prefix.detached(), last.detach().requires_grad_()
-        for responses in slices + [IDLE_SLICE] * (count - len(slices)):
-            figures.append(policy_pass(model, prefix, last, responses, method))
-        torch.autograd.backward(roots, [leaf.grad for leaf in (*prefix.tensors(), last)])
-    return figures
+    tokens, informative = all_sum(sum(len(c.ids) for g in groups for c in g.completions),
+                                  sum(group.informative for group in groups))
+    examples = []
+    for group in groups:
+        if group.informative:
+            rewards = torch.tensor([group.rewards], dtype=torch.float64, device="cpu")
+            advantages = group_advantages(rewards, method.scale_by_std)[0].tolist()
+            responses = [Response(c.ids, c.logprobs, advantage, 1 / tokens)
+                         for c, advantage in zip(group.completions, advantages)]
+            examples.append((group.prompt, responses))
+    metrics = {"skipped": 0.0}
+    for _ in range(method.updates if informative else 0):
+        if not metrics["skipped"]:
+            difference = {name: x for name, x in metrics.items() if name.startswith("logprob_")}
+            figures = accumulate(model, examples, method)
+            metrics = optimizer_step(model, optimizer, figures, method.grad_clip) | difference
+    return metrics | {"informative": informative}
 
 
-def training_batches(examples: Sequence[Example],
-                     micro_tokens: int) -> list[tuple[list[Sequence[int]], list[Slice]]]:
-    """Batches of prompts, half of `micro_tokens` at most, with slices of the responses to them in
-    what is left of it. A prompt or response that is longer is alone."""
-    batches = []
-    for batch in pack(examples, lambda example: len(example[0]), micro_tokens // 2, padding=1.0):
-        prompts = [prompt for prompt, _ in batch]
-        rows = [(row, response) for row, (_, group) in enumerate(batch) for response in group]
-        left = micro_tokens - len(prompts) * len(prompts[0])
-        batches.append((prompts, pack(rows, lambda row: len(row[1].ids), left)))
-    return batches
+def accumulate(model: Transformer, examples: Sequence[Example], method: Method) -> Tensor:
+    """Add the gradient of the examples to the parameters; returns the figures of each slice.
+
+        prompts ──forward──▶ roots: keys, values, last hidden
+                                │ detach
+                             leaves ──▶ slice 1: forward, backward ─┐ gradients
+                                    ──▶ slice 2: forward, backward ─┤ add up on
+                                    ──▶ ...                         ┘ the leaves
+        prompts ◀─backward── roots ◀── the leaves' gradients
+
+    So a prompt is computed once for all its responses, and only the graph of the prompts and of one
+    slice is alive. By the chain rule the gradient does not depend on `micro_tokens`.
+    """
+    figures, device = [], model.head.device
+    batches = pack(examples, lambda example: len(example[0]), method.micro_tokens // 2, padding=1.0)
+    for batch in fill(batches, [([0], [])]):
+        lengths = [len(prompt) for prompt, _ in batch]
+        cache = Prompts(lengths, device)
+        last = last_hidden(model, [prompt for prompt, _ in batch], cache)
+        roots = [*chain(*cache.layers), last]
+        *leaves, last = (root.detach().requires_grad_() for root in roots)
+        cache.layers = list(zip(leaves[::2], leaves[1::2]))
+        rows = [(n, response) for n, (_, responses) in enumerate(batch) for response in responses]
+        room = method.micro_tokens - len(batch) * max(lengths)
+        for part in fill(pack(rows, lambda row: len(row[1].ids), room, PADDING), IDLE):
+            figures.append(add_gradient(model, cache, last, part, method))
+        torch.autograd.backward(roots, [leaf.grad for leaf in (*leaves, last)])
+    return torch.stack(figures)
 
 
-def pack(items: Sequence, length: Callable, budget: int, padding: float = PADDING) -> list[list]:
-    """Items, longest first, in parts of at most `budget` padded tokens, at most the share `padding`
-    of the budget for padding; an item that is longer than the budget is a part of its own. A share
-    of the budget and not of the part, because a pass through all layers costs an accelerator the
-    same for few tokens as for many."""
+def pack(items: Sequence, length: Callable, budget: int, padding: float) -> list[list]:
+    """Group items, longest first, into parts of at most `budget` tokens when padded to the longest,
+    of which at most budget * padding are padding. A longer item becomes a part of its own."""
     parts, real = [], 0
-    for item in sorted(items, key=length, reverse=True):  # stable: the same on every run
+    for item in sorted(items, key=length, reverse=True):
         padded = (len(parts[-1]) + 1) * length(parts[-1][0]) if parts else math.inf
         if padded <= budget and padded - real - length(item) <= padding * budget:
             parts[-1].append(item)
@@ -410,62 +317,59 @@ def pack(items: Sequence, length: Callable, budget: int, padding: float = PADDIN
     return parts
 
 
-def response_logprobs(model: Transformer, prefix: PrefixCache, last: Tensor, responses: Slice,
-                      temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every token of the responses, one after the other, [N] each.
+def fill(parts: list, idle) -> list:
+    """Append idle parts until this process has as many as the busiest one. Every forward pass
+    gathers shards from all processes, so all have to make the same number of them."""
+    return parts + [idle] * (max(all_gather(len(parts))) - len(parts))
+
+
+def add_gradient(model: Transformer, cache: Prompts, last: Tensor, part: list[tuple[int, Response]],
+                 method: Method) -> Tensor:
+    """Add the gradient of a slice of (row of its prompt, response).
 
     last: hidden [prompts, hidden_size] of each prompt's last token, which predicts the first token
-    of its responses.
+    of a response. Returns the figures [6]: the loss; sums over tokens of -log-probability, entropy
+    and |difference from the sampler's log-probability|; tokens; the largest difference.
     """
-    device = model.head.device
-    ids = pad([response.ids for _, response in responses], device)  # [rows, T]
-    continuation = Continuation(prefix, [row for row, _ in responses])
-    hidden = model(ids, continuation)
-    first = take_rows(last, continuation.rows)[:, None]
-    hidden = torch.cat((first, hidden[:, :-1]), dim=1).flatten(0, 1)
-    lengths = np.array([len(response.ids) for _, response in responses])
-    real = np.flatnonzero(np.arange(ids.shape[1]) < lengths[:, None])  # known here: nobody waits
-    real = torch.from_numpy(real).to(device)
-    return token_logprobs(model, hidden[real], ids.flatten()[real], temperature)
+    device, responses = model.head.device, [response for _, response in part]
+    rows = torch.tensor([row for row, _ in part], device=device)
+    ids = pad([r.ids for r in responses], device)  # [B, L]
+    hidden = model(ids, Continuation(cache, rows))
+    hidden = torch.cat((take_rows(last, rows)[:, None], hidden[:, :-1]), dim=1)
 
-
-def policy_pass(model: Transformer, prefix: PrefixCache, last: Tensor, responses: Slice,
-                method: Method) -> Tensor:
-    """Adds the gradient of a slice; its figures [6], see `optimizer_step`, left on the device."""
-    logprobs, entropy = response_logprobs(model, prefix, last, responses, method.temperature)
-    columns = np.array([(r.advantage, r.weight) for _, r in responses], dtype=np.float32)
-    columns = columns.repeat([len(r.ids) for _, r in responses], axis=0)
-    sampled = np.concatenate([r.logprobs for _, r in responses]).astype(np.float32)
-    advantages, weights = torch.from_numpy(columns).to(logprobs.device).unbind(1)
-    sampled = torch.from_numpy(sampled).to(logprobs.device)
+    lengths, advantages, weights = torch.tensor(
+        [(len(r.ids), r.advantage, r.weight) for r in responses], device=device).T[:, :, None]
+    real = torch.arange(ids.shape[1], device=device) < lengths
+    sampled = pad([r.logprobs for r in responses], device, torch.float32)[real]  # [N]
+    logprobs, entropy = token_logprobs(model, hidden[real], ids[real], method.temperature)
+    advantages, weights = advantages.expand(ids.shape)[real], weights.expand(ids.shape)[real]
     old = sampled if method.updates > 1 else logprobs.detach()
     loss = policy_loss(logprobs, old, advantages, weights, method.clip_low, method.clip_high)
     loss.backward()
-    real, logprobs = weights > 0, logprobs.detach()  # an idle slice counts nothing
-    off = (logprobs - sampled).abs() * real
-    return torch.stack((loss.detach(), -(logprobs * real).sum(), (entropy * real).sum(), off.sum(),
-                        real.sum(), off.max()))
+
+    counted, logprobs = weights > 0, logprobs.detach()  # an idle slice counts nothing
+    off = (logprobs - sampled).abs() * counted
+    return torch.stack((loss.detach(), -(logprobs * counted).sum(), (entropy * counted).sum(),
+                        off.sum(), counted.sum(), off.max()))
 
 
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, figures: Sequence[Tensor],
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, figures: Tensor,
                    grad_clip: float) -> dict[str, float]:
-    """One step on the gradients that have gathered; metrics, the same on every process.
+    """Step with the accumulated gradients; returns metrics that are the same on every process.
 
-    figures: of each pass its loss, sums over tokens of -log-probability, entropy and |difference to
-    the sampler's log-probability|, tokens, and the largest difference. If the loss or the gradient
-    is not finite, the weights stay as they were, and all that is returned is skipped 1: what
-    decides is the same everywhere.
+    If the loss or the gradient is not finite, the weights stay as they were, and the only metric is
+    {"skipped": 1.0}.
     """
-    passes = np.array(torch.stack(list(figures)).tolist())  # [passes, 6], read once a step
-    loss, nll, entropy, off, trained = all_sum(*passes[:, :5].sum(0))
-    largest = max(all_gather(float(passes[:, 5].max())))
+    loss, nll, entropy, off, tokens = all_sum(*figures[:, :5].double().sum(0).tolist())
+    largest = max(all_gather(float(figures[:, 5].max())))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(loss + norm):
+    finite = math.isfinite(loss + norm)
+    if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(loss + norm):
+    if not finite:
         return {"skipped": 1.0}
-    return {"loss": loss, "nll": nll / max(trained, 1), "entropy": entropy / max(trained, 1),
-            "logprob_diff": off / max(trained, 1), "logprob_diff_max": largest,
-            "trained_tokens": trained, "grad_norm": norm, "skipped": 0.0}
+    return {"loss": loss, "nll": nll / tokens, "entropy": entropy / tokens,
+            "logprob_diff": off / tokens, "logprob_diff_max": largest,
+            "trained_tokens": tokens, "grad_norm": norm, "skipped": 0.0}

@@ -1,55 +1,47 @@
-"""Paired differences between two models on the same questions, with intervals over documents.
+"""Compare two models on the same questions: paired differences, with intervals over documents.
 
-    python eval.py A ... --out a.jsonl;  python eval.py B ... --out b.jsonl
-    python -m paper.compare a.jsonl b.jsonl
+    python eval.py A ... --samples 8 --out a;  python eval.py B ... --samples 8 --out b
+    python -m paper.compare a/records.jsonl b/records.jsonl
 
-Each line is B's accuracy less A's in points: of the same questions, so that what makes a question
-hard for both does not widen the interval. `reasoning` is the mean over samples.
+Each line is B's accuracy less A's, in points. Because the questions are the same, a question that
+is hard for both does not widen the interval. `reasoning` is the mean over samples.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from eval import SPLITS, bootstrap_interval, measures
-from paper.report import read_lines
+from paper.report import read_rows
 
 PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "reasoning"),
          ("standard", "majority vote"))
 
 
 def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
-    """A line for each pair of measures and split. ValueError if the questions differ."""
+    """Return a line for each pair of measures and split. Raise ValueError for other questions."""
     places = [[(row["document"], row["position"]) for row in rows] for rows in (first, second)]
     if places[0] != places[1] or not places[0]:
         raise ValueError("no records, or of other questions: evaluate both models with the same "
                          "corpus, holdout, seed and number of questions")
-    lines = []
-    for a, b in PAIRS:
-        for split, nats in SPLITS.items():
-            chosen = [(measures(x), measures(y), x["document"])
-                      for x, y in zip(first, second) if x.get("entropy", 9.0) > nats]
-            if chosen and all(a in x and b in y for x, y, _ in chosen):
-                gaps = [100 * (y[b] - x[a]) for x, y, _ in chosen]
-                mean, low, high = bootstrap_interval(gaps, [place for *_, place in chosen])
-                lines.append(f"B's {b} less A's {a}, {split} ({len(gaps)}): "
-                             f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+    splits, lines = SPLITS if first[0]["entropy"] is not None else {"all": -1.0}, []
+    pairs = [(measures(x), measures(y), x["entropy"] or 0.0, x["document"])
+             for x, y in zip(first, second)]
+    for (a, b), split in product(PAIRS, splits):
+        chosen = [(100 * (y[b] - x[a]), document) for x, y, entropy, document in pairs
+                  if entropy > splits[split] and a in x and b in y]
+        if chosen:
+            mean, low, high = bootstrap_interval(*zip(*chosen))
+            lines.append(f"B's {b} less A's {a}, {split} ({len(chosen)}): "
+                         f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m paper.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for file in ("a.jsonl", "b.jsonl"):
-        parser.add_argument(file, type=Path, help="what eval.py --out wrote")
-    files = vars(parser.parse_args(argv)).values()
-    try:
-        print("\n".join(differences(*(list(read_lines(file)) for file in files))))
-    except ValueError as error:
-        sys.exit(f"paper.compare: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        print("\n".join(differences(*map(read_rows, map(Path, sys.argv[1:])))))
+    except ValueError as error:
+        sys.exit(f"paper.compare: error: {error}")

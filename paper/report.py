@@ -1,333 +1,198 @@
-"""One page about a run, or about several side by side: self-contained, for a laptop or a phone.
+"""Draw one page about a run, or about several side by side: one HTML file without a script.
 
     python -m paper.report RUN [RUN ...] [--out FILE]          report.html in the first folder
 
-It shows what the folders hold and passes over what they do not: results.json (sections that another
-program wrote), run.json (of several runs first where they differ), the exams of evals.jsonl, the
-curves of metrics.jsonl, and of the first run the responses of rollouts.jsonl. Under each figure its
-values open as text, and the files themselves are linked.
-
-What a model or a corpus wrote is hostile until escaped. It enters the page as HTML or SVG text
-through `escape`, or as JSON through `embed`, which leaves no `<` for the HTML parser; the page's
-one script, report.js, puts it into text nodes, and the content security policy allows no other
-script and nothing from elsewhere. Left out: live updates, a server.
+It shows the evaluations of evals.jsonl, the curves of metrics.jsonl, the options of run.json, and
+the rollouts of the first run. `svg` draws a figure for Markdown too. What a model or a corpus wrote
+enters the page through `escape` only.
 """
 
 import argparse
-import base64
-import hashlib
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
+from itertools import islice
 from pathlib import Path
-from urllib.parse import quote
 
-from paper.figure import escape, number, svg
+import eval as evaluation
+from data import read_json
 
-PAGE_BYTES = 4_000_000  # of rollouts in the page, about
-TEXT_CHARS = 30_000  # of one text in the page
-CSS, SCRIPT = (Path(__file__).with_name(f"report.{kind}").read_text() for kind in ("css", "js"))
-
-CURVES = (  # title, y axis, keys of metrics.jsonl
-    ("Reward", "mean of a step", "reward"),
-    ("Accuracy of rollouts", "share of responses", "accuracy"),
-    ("Groups", "share; expected informative: 1 − p^G − (1 − p)^G",
-     "all_right all_wrong informative_expected"),
-    ("Format", "share of responses", "parsed truncated"),
-    ("Response length", "tokens", "length length_max"),
-    ("Entropy of the policy", "nats per token", "entropy"),
-    ("Loss", "", "loss"),
-    ("Gradient norm", "before clipping", "grad_norm"),
-    ("Sampler against trainer", "|difference of log-probability|, nats",
-     "logprob_diff logprob_diff_max"),
-    ("Speed", "tokens per second", "decode_tokens_per_s train_tokens_per_s"),
-)
-
-
-@dataclass(frozen=True)
-class Logs:
-    """What a run's folder says."""
-
-    name: str
-    label: str  # before each of its names in a legend or table
-    settings: dict  # run.json
-    metrics: list[dict]
-    evals: list[dict]  # {"step": n, exam: {split: {measure: [mean, low, high]}}}
+PAGE_BYTES = 4_000_000  # of rollouts in a page, about
+CURVES = {"reward": "mean reward", "length": "tokens of a response",
+          "entropy": "entropy of the policy, nats", "parsed": "share that can be read",
+          "finished": "share that ended", "all_right": "share of groups that are all right",
+          "all_wrong": "share of groups that are all wrong", "nll": "nats of a trained token",
+          "grad_norm": "gradient norm", "logprob_diff": "sampler against trainer, nats"}
+DASHES = ("none", "6 3", "2 3", "8 3 2 3")
+COLOURS = 5
+SVG_STYLE = """
+.plot{color:#6e7781;font:13px system-ui,sans-serif}.plot text{fill:currentColor}
+.grid{stroke:currentColor;stroke-opacity:.2}.line{fill:none;stroke:var(--c);stroke-width:2}
+.dot{fill:var(--c)}.c0{--c:#0072b2}.c1{--c:#d55e00}.c2{--c:#009e73}.c3{--c:#b5578f}.c4{--c:#a67c00}
+@media(prefers-color-scheme:dark){.plot{color:#9198a1}
+.c0{--c:#56b4e9}.c1{--c:#f0803c}.c2{--c:#2fc194}.c3{--c:#dd8fbb}.c4{--c:#e0b040}}"""
+STYLE = """
+:root{color-scheme:light dark;--right:#08795a;--wrong:#b8480c;--unreadable:#6a6f78}
+@media(prefers-color-scheme:dark){:root{--right:#41c596;--wrong:#f18d52;--unreadable:#a3aab3}}
+body{max-width:1100px;margin:auto;padding:20px;font:16px/1.5 system-ui,sans-serif}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:12px}
+.plot{width:100%;height:auto}.wide{overflow-x:auto}td{padding:4px 20px 4px 0;vertical-align:top;
+border-top:1px solid #8885;white-space:nowrap}summary{cursor:pointer;padding:3px 0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-size:13px;margin:8px 0}
+.answer{border-left:4px solid var(--c);padding-left:10px}.answer b{color:var(--c)}
+.right{--c:var(--right)}.wrong{--c:var(--wrong)}.unreadable{--c:var(--unreadable)}"""
 
 
-# -------------------------------------------------------------------------------------- reading
+def read_rows(file: Path, every: int = 1) -> list[dict]:
+    """Return each `every`-th row of a .jsonl file, none without the file. A last line that is still
+    being written is left out."""
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, 0, None, every) if line.endswith("\n")]
 
 
-def read_lines(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file, none if there is no file; a last line that was cut is ignored."""
-    with open(path if path.exists() else os.devnull, "rb") as file:
-        for n, line in enumerate(file, 1):
-            try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError):
-                if line.endswith(b"\n"):
-                    raise ValueError(f"{path}, line {n}: not a JSON object; mend or remove the "
-                                     "line") from None
+# --------------------------------------------------------------------------------------- figures
 
 
-def read_json(path: Path) -> dict:
-    """The object in a .json file, {} if there is no file."""
-    try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: not a JSON object; write it again or remove it") from None
+def axis(values: Sequence[float], start: float, end: float) -> tuple[Callable, list[float]]:
+    """Return a map from values to pixels, and the round numbers to be marked."""
+    low, high = min(values), max(values)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    step = min((unit, unit / 2, unit / 5), key=lambda size: abs((high - low) / size - 5))
+    marks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return lambda value: start + (value - low) / (high - low) * (end - start), marks
 
 
-def read_logs(folder: Path, alone: bool) -> Logs:
-    """The logs of a run."""
-    metrics = [row | (row.get("time") or {}) for row in read_lines(folder / "metrics.jsonl")]
-    evals = list(read_lines(folder / "evals.jsonl"))
-    for row in evals:
-        if "perplexity" in row:  # of stage ntp: no splits
-            row["perplexity"] = {"held-out": {"perplexity": row["perplexity"]}}
-    name = folder.resolve().name
-    label = "" if alone else f"{name}: "
-    return Logs(name, label, read_json(folder / "run.json"), metrics, evals)
+def svg(title: str, lines: dict[str, Sequence[tuple]], dots: dict[str, Sequence[tuple]] = {},
+        x: str = "step") -> str:
+    """Return an SVG of curves by name, each of them points (x, y), with a legend if there are
+    several. dots: points without a line, in the colour of the curve of that name."""
+    width, top = 480, 36 + 18 * len(lines) * (len(lines) > 1)
+    bottom = top + 200
+    points = [point for each in (lines, dots) for curve in each.values() for point in curve]
+    across, down = zip(*points)
+    x_of, x_marks = axis(across, 64, width - 12)
+    y_of, y_marks = axis(down, bottom, top)
+    parts = [f'<text x="8" y="20">{escape(title)}</text>']
+    for mark in y_marks:
+        parts.append(f'<path class="grid" d="M60 {y_of(mark):.1f}H{width}"/><text x="56" '
+                     f'y="{y_of(mark) + 4:.1f}" text-anchor="end">{mark:.4g}</text>')
+    for mark in x_marks:
+        parts.append(f'<text x="{x_of(mark):.1f}" y="{bottom + 20}" text-anchor="middle">'
+                     f"{mark:.6g}</text>")
+    for n, (name, curve) in enumerate(lines.items()):
+        style = f'class="line c{n % COLOURS}" stroke-dasharray="{DASHES[n % len(DASHES)]}"'
+        path = " ".join(f"{x_of(a):.1f},{y_of(b):.1f}" for a, b in curve)
+        parts.append(f'<polyline {style} points="{path}"/>')
+        for a, b in dots.get(name, curve if len(curve) == 1 else ()):
+            parts.append(f'<circle class="dot c{n % COLOURS}" cx="{x_of(a):.1f}" '
+                         f'cy="{y_of(b):.1f}" r="4"/>')
+        if len(lines) > 1:
+            y = 38 + 18 * n
+            parts.append(f'<path {style} d="M8 {y}h24"/><text x="38" y="{y + 4}">{escape(name)}'
+                         "</text>")
+    parts.append(f'<text x="{width / 2}" y="{bottom + 38}" text-anchor="middle">{escape(x)}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" aria-label='
+            f'"{escape(title)}" viewBox="0 0 {width} {bottom + 46}"><style>{SVG_STYLE}</style>'
+            f"{''.join(parts)}</svg>")
 
 
-def interval(value: object) -> list[float | None]:
-    """[mean, low, high] if it is such a list, its bounds None where there is no spread; else []."""
-    good = isinstance(value, list) and len(value) == 3 and number(value[0]) is not None
-    return list(map(number, value)) if good else []
+def curves(runs: dict[str, Path]) -> Iterator[str]:
+    """Yield a figure for each of CURVES, with a line for each run."""
+    metrics = {name: read_rows(folder / "metrics.jsonl") for name, folder in runs.items()}
+    for key, title in CURVES.items():
+        lines = {name: curve for name, rows in metrics.items()
+                 if (curve := [(row["step"], row[key]) for row in rows if key in row])}
+        if lines:
+            yield svg(title, lines)
 
 
-# ------------------------------------------------------------------------------------- sections
+# ---------------------------------------------------------------------------------- tables, text
 
 
-def section(given: dict) -> str:
-    """HTML of {"title", "text", "table": {"head", "rows"}, "figures"}, each of them optional."""
-    parts = [f"<h2>{escape(given['title'])}</h2>"] if given.get("title") else []
-    paragraphs = re.split(r"\n\s*\n", str(given.get("text") or ""))
-    parts += [f"<p>{escape(text)}</p>" for text in paragraphs if text.strip()]
-    if table := given.get("table"):
-        parts.append(table_html(table.get("head") or [], table.get("rows") or []))
-    figures = given.get("figures") or []
-    size = (400, 260) if len(figures) > 1 else (480, 320)
-    plots = [f'<figure class="card">{svg(figure, *size)}{as_text(figure)}</figure>'
-             for figure in figures]
-    return f'<section>{"".join(parts)}<div class="plots">{"".join(plots)}</div></section>'
+def table(rows: Iterable[Iterable]) -> str:
+    """Return rows of cells as HTML."""
+    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>'
 
 
-def as_text(figure: dict) -> str:
-    """The values of a figure, at about a dozen places from the first to the last, to be opened."""
-    series = figure.get("series") or []
-    points = [dict(zip(map(number, of.get("x") or []), map(number, of.get("y") or [])))
-              for of in series]
-    places = sorted({x for of in points for x in of if x is not None})
-    some = {places[len(places) * n // 12] for n in range(12)} | {places[-1]} if places else ()
-    rows = [[x, *(of.get(x) for of in points)] for x in sorted(some)]
-    rows = [["" if value is None else f"{value:.4g}" for value in row] for row in rows]
-    head = [figure.get("x", ""), *(of.get("name", "") for of in series)]
-    return f"<details><summary>as text</summary>{table_html(head, rows)}</details>"
+def exams(runs: dict[str, Path]) -> Iterator[str]:
+    """Yield a table of each exam, with the first and the last evaluation of each run."""
+    sat = []
+    for name, folder in runs.items():
+        rows = read_rows(folder / "evals.jsonl")
+        sat += [(f"{name}, step {row['step']}", row) for row in rows[:1] + rows[1:][-1:]]
+    for exam in dict.fromkeys(key for _, row in sat for key in row if key != "step"):
+        lines = evaluation.table({name: row[exam] for name, row in sat if exam in row}, exam)
+        yield table(re.split("  +", line) for line in lines.splitlines())
 
 
-def table_html(head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A table in a card; a cell that is not long stays on one line."""
-    first = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = ""
-    for row in rows:
-        kinds = ["n" if len(str(cell)) < 30 else "" for cell in row]
-        cells = [f'<td class="{k}">{escape(cell)}</td>' for k, cell in zip(kinds, row)]
-        body += f"<tr>{''.join(cells)}</tr>"
-    return (f'<div class="card scroll"><table><thead><tr>{first}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+def options(runs: dict[str, Path]) -> str:
+    """Return a table of the runs' options, those that differ first."""
+    known = [read_json(folder / "run.json") for folder in runs.values()]
+    rows = [[name, *(row.get(name) for row in known)] for name in known[0]]
+    rows.sort(key=lambda row: row[1:] == row[1:2] * len(runs))
+    return table([["option", *runs], *rows])
 
 
-def shown(value: object, measure: str) -> str:
-    """[mean, low, high] in per cent, or as it is where it is no share; "" for anything else."""
-    factor = 1 if measure in ("length", "perplexity") else 100
-    mean, *bounds = [f"{factor * x:.1f}" for x in interval(value) if x is not None] or [""]
-    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
+def rollouts(file: Path) -> Iterator[str]:
+    """Yield questions, evenly spaced, each with its responses."""
+    size = file.stat().st_size if file.exists() else 0
+    for row in read_rows(file, 1 + size // PAGE_BYTES):
+        rewards = row["rewards"]
+        yield (f"<details><summary>step {row['step']}, question {row['question'][1:]}, document "
+               f"{row['document']}: {sum(r >= 1 for r in rewards)} of {len(rewards)} right"
+               f"{'' if row['kept'] else ', replaced'}</summary>"
+               f"<pre>{escape(row['context'])}<mark>{escape(row['truth'])}</mark></pre>")
+        for reward, prediction, response, finished, tokens in zip(
+                rewards, row["predictions"], row["responses"], row["finished"], row["tokens"]):
+            kind = "right" if reward >= 1 else "wrong"
+            if prediction is None:
+                kind = "unreadable"
+            yield (f'<pre class="answer {kind}"><b>{kind}</b>, reward {reward:.3g}, {tokens} tokens'
+                   f"{'' if finished else ', not finished'}, boxed {escape(repr(prediction))}\n"
+                   f"{escape(response)}</pre>")
+        yield "</details>"
 
 
-def curve(name: str, rows: Sequence[dict], values: Sequence) -> dict:
-    """A series of figures, which are numbers or [mean, low, high], over the steps of rows."""
-    points = [interval(value) or [number(value), None, None] for value in values]
-    y, low, high = map(list, zip(*points))
-    return {"name": name, "x": [row.get("step") for row in rows], "y": y, "low": low, "high": high}
-
-
-def curve_section(runs: Sequence[Logs]) -> dict:
-    """What happened during training."""
-    figures = []
-    for title, unit, keys in CURVES:
-        series = [curve(run.label + key.replace("_", " "), run.metrics,
-                        [row.get(key) for row in run.metrics])
-                  for run in runs for key in keys.split()
-                  if any(key in row for row in run.metrics)]
-        if series:
-            figures.append({"title": title, "x": "step", "y": unit, "series": series,
-                            "log_y": "logprob" in keys})
-    return {"title": "Training", "figures": figures}
-
-
-def exam_section(runs: Sequence[Logs], exam: str) -> dict:
-    """Of an exam, as of the held-out questions, a table of its first and last time in each run, and
-    curves."""
-    sat = [(run, [row for row in run.evals if exam in row]) for run in runs]
-    sat = [(run, rows) for run, rows in sat if rows]
-    splits, figures = sat[0][1][0][exam], []
-    lines = [[f"{run.label}questions", *(rows[0][exam].get(split, {}).get("questions", "?")
-                                         for split in splits)] for run, rows in sat]
-    for measure in dict.fromkeys(name for of in splits.values() for name in of):
-        if measure == "questions":
-            continue
-        series = []
-        for run, rows in sat:
-            found = {split: [row[exam].get(split, {}).get(measure) for row in rows]
-                     for split in splits}
-            series += [curve(run.label + split, rows, of) for split, of in found.items()]
-            for n in sorted({0, len(rows) - 1}):
-                cells = [shown(of[n], measure) for of in found.values()]
-                lines.append([f"{run.label}step {rows[n].get('step')}, {measure}", *cells])
-        figures.append({"title": measure, "x": "step", "series": series})
-    return {"title": f"Exam: {exam}", "table": {"head": ["", *splits], "rows": lines},
-            "figures": figures,
-            "text": "In per cent, length in tokens, with 95 % intervals over documents."}
-
-
-def header(runs: Sequence[Logs], title: str, links: Sequence[str]) -> str:
-    """What the runs are, where they differ, and their files."""
-    runs = [run for run in runs if run.settings]
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    rows = [[name, *(run.settings.get(name, "") for run in runs)] for name in names]
-    head = ["setting", *(run.name for run in runs)]
-    unlike = [row for row in rows if any(value != row[1] for value in row[2:])]
-    files = " ".join(f'<a href="{escape(link)}">{escape(link)}</a>' for link in links)
-    return (f"<header><h1>{escape(title)}</h1>{table_html(head, unlike) if unlike else ''}"
-            f"<details><summary>All settings</summary>{table_html(head, rows)}</details>"
-            f"<details><summary>Files</summary><p>{files}</p></details></header>")
-
-
-# ------------------------------------------------------------------------------------- rollouts
-
-
-def embed(value: object) -> str:
-    """JSON for a script element: no character of it means anything to HTML, and a lone surrogate
-    survives."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text)
-
-
-def limited(value: object) -> str:
-    """A text; one that is too long for a page without its middle."""
-    whole, half = str(value), TEXT_CHARS // 2
-    if len(whole) <= TEXT_CHARS:
-        return whole
-    return f"{whole[:half]}\n[... left out ...]\n{whole[-half:]}"
-
-
-def question(row: dict, stage: str) -> dict:
-    """What a row of rollouts.jsonl says about its question; what is not finite was not logged."""
-    about = [f"{key} {row.get(key)}" for key in ("step", "question", "document", "position")]
-    if number(row.get("entropy")) is not None:
-        about.append(f"{row['entropy']:.2f} nats")
-    if row.get("kept") is False:
-        about.append("replaced by dynamic sampling")
-    truth = str(row.get("truth", ""))
-    if stage == "rlvr":
-        truth = f"\nexpected answer: {truth}"
-    return {"step": number(row.get("step")), "about": limited(", ".join(about)),
-            "context": limited(row.get("context", "")), "truth": limited(truth), "responses": []}
-
-
-def response(row: dict) -> list:
-    """[outcome, text, reward, prediction, advantage, finished, tokens] as report.js takes it."""
-    reward, prediction = number(row.get("reward")), row.get("prediction")
-    outcome = 2 if prediction is None else int((reward or 0) < 1)
-    return [outcome, limited(row.get("response", "")), reward, prediction and limited(prediction),
-            number(row.get("advantage")), bool(row.get("finished")), number(row.get("tokens"))]
-
-
-def sample_rollouts(path: Path, stage: str = "") -> tuple[list[dict], int]:
-    """Evenly spaced questions of rollouts.jsonl with their responses, about PAGE_BYTES of them, and
-    of how many."""
-    numbers: dict[str, int] = {}
-    found: dict[int, dict] = {}
-    every = math.ceil(path.stat().st_size / PAGE_BYTES) if path.exists() else 1
-    for row in read_lines(path):
-        name = json.dumps([row.get("step"), row.get("question")])
-        number = numbers.setdefault(name, len(numbers))
-        if number % every == 0:
-            found.setdefault(number, question(row, stage))["responses"].append(response(row))
-    return list(found.values()), len(numbers)
-
-
-def browser(path: Path, stage: str) -> str:
-    """The rollouts: data, controls and script."""
-    questions, count = sample_rollouts(path, stage)
-    if not questions:
-        return ""
-    return (
-        f"<section><h2>Rollouts</h2><p>{len(questions):,} of {count:,} questions, "
-        "evenly spaced. The bar marks the spot to predict, and the grey text after it is what the "
-        "document says. A response is right if its reward is at least 1, unparsable if it holds no "
-        "prediction.</p><noscript><p>They are shown by a script.</p></noscript>"
-        '<div id="browser" hidden><div class="tools"><button value="-1"></button>'
-        '<button value="0"></button><button value="1"></button><button value="2"></button>'
-        '<select id="step" aria-label="step"><option>all steps</option></select></div>'
-        '<div id="questions"></div><p><button id="more">show more</button></p></div></section>'
-        f'<script type="application/json" id="data">{embed(questions)}</script>'
-        f"<script>{SCRIPT}</script>")
-
-
-# ----------------------------------------------------------------------------------------- page
-
-
-def page(folders: Sequence[Path], place: Path | None = None) -> str:
-    """The page about runs, to be put in the folder `place` (the first run's). ValueError if one has
-    nothing to show, or if a file is not what its name says."""
-    runs = [read_logs(folder, len(folders) == 1) for folder in folders]
-    results = [read_json(folder / "results.json") for folder in folders]
-    for folder, run, given in zip(folders, runs, results):
-        if not run.metrics and not given:
-            raise ValueError(f"{folder}: neither metrics.jsonl nor results.json to show; give the "
-                             "folder of a run")
-    title = results[0].get("title") or ", ".join(run.name for run in runs)
-    exams = dict.fromkeys(name for run in runs for row in run.evals
-                          for name, of in row.items() if isinstance(of, dict))
-    sections = [part for given in results for part in given.get("sections") or []]
-    sections += [exam_section(runs, exam) for exam in exams]
-    sections += [curve_section(runs)] if any(run.metrics for run in runs) else []
-    links = [quote(os.path.relpath(file, place or folders[0])) for folder in folders
-             for file in sorted(folder.glob("*.json*"))]
-    rollouts = browser(folders[0] / "rollouts.jsonl", runs[0].settings.get("stage", ""))
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-              f"form-action 'none'; script-src 'sha256-{digest}'")
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+def page(folders: Sequence[Path]) -> str:
+    """Return the page. Raise ValueError for a folder that has nothing to show."""
+    runs = {str(folder): folder for folder in folders}
+    for folder in folders:
+        if not (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder}: no metrics.jsonl; give the folder of a run")
+    title = escape(", ".join(runs))
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv='
+            '"Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
-            f"{header(runs, title, links)}{''.join(map(section, sections))}{rollouts}"
-            "</main></body></html>\n")
+            f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
+            f"<details><summary>Options</summary>{options(runs)}</details>"
+            f"<h2>Evaluations</h2>{''.join(exams(runs))}<h2>Training</h2>"
+            f"<div class=\"plots\">{''.join(curves(runs))}</div><h2>Rollouts of "
+            f"{escape(str(folders[0]))}</h2><p>What is marked is the text that follows.</p>"
+            f"{''.join(rollouts(folders[0] / 'rollouts.jsonl'))}</body></html>\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m paper.report",
-                                     description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m paper.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, such as runs/toy")
-    parser.add_argument("--out", type=Path, help="file to write (report.html in the first folder)")
+    parser.add_argument("--out", type=Path, help="file (default: report.html in the first folder)")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
     try:
-        out.write_text(page(args.runs, out.parent), encoding="utf-8")
+        out.write_text(page(args.runs), encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+        sys.exit(f"paper.report: error: {error}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

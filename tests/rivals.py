@@ -1,5 +1,4 @@
-"""The same weights and work in transformers and TRL, for tests/bench.py. Neither is needed for
-anything else."""
+"""The same weights and work in transformers and TRL, for tests/bench.py alone."""
 
 import itertools
 import tempfile
@@ -11,7 +10,7 @@ from model import Transformer, save_pretrained
 
 
 def versions() -> dict[str, str]:
-    """Of what is compared with, as far as it is installed."""
+    """Return the versions of what is compared with, as far as it is installed."""
     found = {}
     for name in ("transformers", "trl"):
         try:
@@ -22,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def in_transformers(model: Transformer):
-    """The same weights in transformers, or None."""
+    """Return the same weights in transformers, or None if it is not installed."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -35,12 +34,12 @@ def in_transformers(model: Transformer):
 
 def trl_trainer(model: Transformer, prompts: Sequence[Sequence[int]], samples: int, new: int,
                 learning_rate: float, steps: int):
-    """TRL's GRPOTrainer with the same weights, or an ImportError. A word per token id: text and
-    tokens are one, and token 0 ends a completion.
+    """Return TRL's GRPOTrainer with the same weights; raise ImportError if it is not installed.
 
-    Its settings are the fastest on a CPU that were found. Its log-probabilities come in chunks by
-    default (1.16); use_transformers_continuous_batching runs too, but a step of 4 x 16 tokens that
-    takes 2 s without it took 39 s.
+    Each token id is a word, so text and tokens are one, and token 0 ends a completion. The settings
+    are the fastest on a CPU that were found. Its log-probabilities come in chunks by default
+    (1.16); use_transformers_continuous_batching runs too, but a step of 4 x 16 tokens that takes
+    2 s without it took 39 s.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,7 +63,7 @@ def trl_trainer(model: Transformer, prompts: Sequence[Sequence[int]], samples: i
 
 
 def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
-    """Runs the trainer, and our step after each of its: ("TRL" or "ours", seconds) in turn."""
+    """Run the trainer, and our step after each of its; return ("TRL" or "ours", seconds) in turn."""
     from transformers import TrainerCallback
     seconds = []
 

@@ -24,7 +24,7 @@ FLOAT32 = 1e-5
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
+    return Tokenizer(folder)
 
 
 def make_question(tokenizer, context, truth) -> Question:
@@ -32,9 +32,7 @@ def make_question(tokenizer, context, truth) -> Question:
 
 
 def make_group(number, question, prompt, completions, responses, rewards) -> rpt.Group:
-    rewards_QG = torch.tensor([rewards], dtype=torch.float64)
-    advantages = rpt.group_advantages(rewards_QG)[0].tolist()
-    return rpt.Group((0, number), question, prompt, completions, responses, rewards, advantages)
+    return rpt.Group((0, 0, number), question, prompt, completions, responses, rewards)
 
 
 class Recorder(torch.optim.SGD):

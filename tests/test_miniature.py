@@ -1,88 +1,101 @@
-"""The miniature's bookkeeping, without its runs: commands that exist, equal compute, paired
-claims."""
+"""The miniature's bookkeeping without its runs; what FLOPs and a plan count."""
 
 import importlib.util
 import json
+import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
+from helpers import ROOT, tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from paper import miniature
-
-
-@pytest.fixture
-def seeds(tmp_path):
-    """Two seeds' folders, where model a is right on documents 0 and 1, b on document 0 alone."""
-    folders = [tmp_path / str(seed) for seed in (0, 1)]
-    for folder in folders:
-        for name, right in (("a", (1, 1)), ("b", (1, 0))):
-            (folder / name).mkdir(parents=True)
-            rows = [{"document": d, "reasoning": [r], "length": [7]} for d, r in enumerate(right)]
-            (folder / name / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folders
+from data import Tokenizer
+from model import ModelConfig
+from paper import flops, miniature, plan
 
 
 def test_every_command_is_one_that_train_understands():
-    for line in (miniature.RUNS | miniature.CONTROLS).values():
+    for line in miniature.RUNS.values():
         module, *words = line.split()
         assert importlib.util.find_spec(module)
         run = train.parse([*words, "--seed", "0", "--out", "here"])
         assert run.holdout == (0 if run.stage == "rlvr" or "lessons" in line else 500)
-        assert run.stage == "ntp" or run.questions == 32
+    for line in miniature.EXAMS.values():
+        train.parse(f"--model m --steps 0 {miniature.ASKED} {line}".split())
 
 
 def test_every_part_is_built_after_what_it_needs():
     built = set()
     for names in miniature.ORDER:
         for name in names:
-            line = (miniature.RUNS | miniature.CONTROLS).get(name, "")
-            needs = {word.removesuffix("/model") for word in line.split() if "/model" in word}
-            needs |= {"rpt"} if name in miniature.CONTROLS else set()
-            assert needs <= built
+            needs = set(re.findall("@/([a-z-]+)/model", miniature.RUNS.get(name, "")))
+            assert needs | ({"rpt"} if name in miniature.CONTROLS else set()) <= built
         built |= set(names)
-    assert built == {"base", *miniature.RUNS, *miniature.CONTROLS}
+    assert built == {"base", *miniature.RUNS}
 
 
-def test_controls_take_the_compute_of_rpt_and_what_is_finished_is_not_done_again(tmp_path,
-                                                                                 monkeypatch):
+def test_controls_take_the_compute_of_rpt_and_what_is_finished_is_not_done_again(
+        tmp_path, monkeypatch):
     said = []
 
     def command(folder, line):
         said.append(line)
         if line.startswith("eval"):
-            (folder / "sft" / "part").write_text("")
+            (folder / "sft" / "part").mkdir(parents=True)
     monkeypatch.setattr(miniature, "command", command)
-    for name, steps, each in (("rpt", 10, 300), ("sft", 2, 10)):
-        (tmp_path / name).mkdir()
-        rows = [json.dumps({"flops": each}) for _ in range(steps)]
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows))
-    miniature.matched(tmp_path, "sft")
+    monkeypatch.setattr(miniature, "spend", lambda folder: np.full(
+        *((10, 300.0) if folder.name == "rpt" else (2, 10.0))))
+    for _ in range(2):
+        miniature.match_compute(tmp_path, "sft")
+        (tmp_path / "sft" / "metrics.jsonl").touch()
     steps = [int(line.split()[-1]) for line in said if line.startswith("train")]
-    assert steps == [round(300 * share) for share in miniature.SHARES] and len(said) == 8
-    miniature.matched(tmp_path, "sft")
-    assert len(said) == 8
+    assert steps == [2, *(round(300 * share) for share in miniature.SHARES)] and len(said) == 9
 
 
-def test_claims_are_paired_over_the_documents_of_all_seeds(seeds):
-    found = miniature.Findings(seeds)
-    a, b = ("a/answers", "reasoning"), ("b/answers", "reasoning")
-    assert len(set(found.values(*a)[1])) == 4
-    assert found.claim("", a, b)[1:] == [
-        "100.0 [100.0, 100.0]", "50.0 [0.0, 100.0]", "50.0 [0.0, 100.0]", "not shown"]
-    assert found.claim("", a, ("a/answers", "length"))[-1] == "shown"
-    assert found.claim("", ("a/answers", "length"), a)[-1] == "the opposite"
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # qwen3: 4 heads of 12 are not 32 channels
+def test_a_forward_pass_takes_the_operations_that_torch_counts(family):
+    model, tokens = tiny(family), 10
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.logits(model(torch.zeros(1, tokens, dtype=torch.long)))
+    # what is masked is computed there, so each token attends to all
+    assert flops.forward(model.config, tokens, tokens) == counter.get_total_flops()
 
 
-def test_a_chain_is_counted_against_the_swaps_of_its_story():
-    story = "The ball is under A. 4 A B. 5 C D."
-    for response, kind in (("A 4 A B B. 5 C D B.</think>B", "full"),
-                           ("A 4 A B B.</think>", "partial"),
-                           ("</think> 4 A B B. 5 C D B.", "none")):
-        assert miniature.chain({"context": story, "response": response}) == kind
+def test_a_run_takes_the_operations_of_each_token_it_samples_and_trains(toy, tmp_path):
+    config = json.loads((toy / "base" / "config.json").read_text())
+    (tmp_path / "c.txt").write_text(text := "The ball is under A.")
+
+    def run_that(**options):
+        run = train.Run(model=str(toy / "base"), corpus=str(tmp_path / "c.txt"), **options)
+        (tmp_path / "run.json").write_text(json.dumps(asdict(run)))
+        return flops.spend(tmp_path)
+
+    def texts(*lengths, prompt=0):  # half of its own column counts for a token
+        return sum(flops.forward(ModelConfig.from_dict(config), 1, prompt + n + 0.5)
+                   for length in lengths for n in range(length))
+
+    row = {"step": 1, "prompt_tokens": 7, "tokens": [3, 5], "rewards": [0, 1], "kept": True}
+    rows = [row, row | {"kept": False}, row | {"rewards": [1, 1]}, row | {"step": 0}]
+    (tmp_path / "metrics.jsonl").write_text("{}\n" * 2)
+    trained = texts(len(Tokenizer(toy / "base").encode(text)) + 1)  # and the end token
+    assert run_that(stage="ntp", holdout=0, questions=3) == pytest.approx([9 * trained] * 2)
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    once = texts(7) + texts(3, 5, prompt=7)
+    assert run_that(updates=2) == pytest.approx([7 * once, 9 * once])
 
 
-def test_perplexity_is_the_geometric_mean_over_seeds_which_are_independent(seeds):
-    for folder, mean in zip(seeds, (2.0, 8.0)):
-        (folder / "a" / "perplexity.jsonl").write_text(json.dumps([mean, mean / 2, mean * 2]))
-    wide = 2 ** (1 / 2 ** 0.5)  # the factor 2 of one seed
-    assert miniature.perplexity(seeds, "a") == f"4.000 [{4 / wide:.3f}, {4 * wide:.3f}]"
+def test_the_plan_counts_the_bytes_of_the_shards(capsys):
+    def planned(options):
+        model = ROOT / "paper/configs/r1-distill-qwen-14b"
+        plan.main(["--recipe", "paper", "--model", str(model), *options.split()])
+        return capsys.readouterr().out
+
+    said = planned("")
+    assert "master weights 7.4" in said and "rollout weights 29.5" in said  # 14.77 billion / 8
+    tokens = re.search(r"--cache-tokens \d+ (?=makes)", said)[0]
+    assert "DOES NOT FIT" not in planned(tokens)
+    assert "leave no room" in planned("--processes 1 --memory 192")

@@ -44,7 +44,7 @@ class Qwen2:
 
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model-00001-of-00001.safetensors")
+        weights = load_file(next(folder.glob("*.safetensors")))
         self.weights = {name: weight.requires_grad_() for name, weight in weights.items()}
 
     def norm(self, at, x):

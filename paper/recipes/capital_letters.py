@@ -1,29 +1,28 @@
 """Another filter: of the usual positions those whose next token begins with a capital letter.
 
-    torchrun -m paper.recipes.capital_letters [train.py's arguments]
+    torchrun -m paper.recipes.capital_letters [train.py's options]
 
-What to expect on the toy: all questions stay, for the answer is a cup's capital letter.
+On the toy all questions stay, because the answer is a cup's capital letter.
 """
 
 import numpy as np
 
-import eval as evaluation
 import train
 from data import QuestionSet
 
-usual = evaluation.select_positions
+usual = train.select_positions
 
 
 def capitals(corpus, entropy, *how):
-    """A QuestionSet, as data.select_positions gives it."""
-    found = usual(corpus, entropy, *how)
-    tokens = [corpus.tokenizer.token_bytes(int(corpus.tokens[n])) for n in found.positions]
+    """Return a QuestionSet, as data.select_positions does."""
+    places = usual(corpus, entropy, *how).places
+    tokens = map(corpus.tokenizer.token_bytes, corpus.tokens[places].tolist())
     keep = np.array([token.strip()[:1].isupper() for token in tokens], dtype=bool)
-    return QuestionSet(corpus, entropy, found.positions[keep])
+    return QuestionSet(corpus, entropy, places[keep])
 
 
 def main(argv=None):
-    evaluation.select_positions = capitals
+    train.select_positions = capitals
     train.main(argv)
 
 

@@ -1,9 +1,9 @@
 """A length budget: every byte of a response beyond BUDGET costs a hundredth of its reward.
 
-    torchrun -m paper.recipes.length_budget [train.py's arguments]
+    torchrun -m paper.recipes.length_budget [train.py's options]
 
-What to expect on the toy: the chain of thought is as long as the story has swaps, so a budget that
-is too small for eight of them keeps the longest stories from being solved.
+On the toy a chain of thought is as long as its story has swaps, so a budget that is too small for
+eight of them keeps the longest stories from being solved.
 """
 
 import train
@@ -13,7 +13,7 @@ BUDGET = 80  # bytes
 
 
 def brief(responses, question, policy):
-    """The paper's reward, less what a long response costs, at least 0."""
+    """Return the paper's reward, less what a long response costs, at least 0."""
     return [reward * max(0.0, 1 - max(0, len(text) - BUDGET) / 100)
             for reward, text in zip(prefix(responses, question, policy), responses)]
 

@@ -1,9 +1,10 @@
 """A new reward: a right prediction earns more the longer it is.
 
-    torchrun -m paper.recipes.longer_predictions [train.py's arguments]
+    torchrun -m paper.recipes.longer_predictions [train.py's options]
 
-A reward is one function over the responses to a question. What to expect on the toy: the answer is
-one token long, " D", or with its full stop two: within 80 steps nearly all predictions end in ".".
+A reward is one function over the responses to a question. On the toy the answer is one token long,
+" D", or with its full stop two: within 80 steps nearly all predictions of the earlier code ended in
+a full stop.
 """
 
 import train
@@ -11,7 +12,7 @@ from reward import predictions_of, prefix_match
 
 
 def longer(responses, question, policy):
-    """Bytes of a right prediction, 0 for a wrong one."""
+    """Return the bytes of each right prediction, 0 for a wrong one."""
     return [prefix_match(p, question.truth) * len(p or b"") for p in predictions_of(responses)]
 
 

@@ -1,9 +1,9 @@
 """The figures of every step for TensorBoard, in DIR/tensorboard (needs the package tensorboard).
 
-    torchrun -m paper.recipes.tensorboard [train.py's arguments]
+    torchrun -m paper.recipes.tensorboard [train.py's options]
 
-It writes what metrics.jsonl is told, after each step. Expected: the curves of reward, parsed share
-and length that `python -m paper.report` draws too.
+It writes what metrics.jsonl is told. Expect the curves of reward, parsed share and length that
+`python -m paper.report` draws too.
 """
 
 from functools import cache

@@ -1,0 +1,145 @@
+"""Draw random calculations of the kinds that word problems have, and work them place by place.
+
+    python -m paper.recipes.calculations        prints some
+
+    24*36: 24*30=720, 24*6=144, 720+100=820, 820+40=860, 860+4=864
+
+A step such as 820+40=860 is small enough for one forward pass of a small model; 24*36 is not. Every
+step is right, because numbers are decimals and all arithmetic is exact. `draw` passes over
+calculations that nobody would write out, such as 100/3, and over negative results.
+"""
+
+import ast
+import decimal
+import operator
+from collections import namedtuple
+from decimal import Decimal
+from random import Random
+
+LONGEST = 120  # characters of a thought
+EXACT = decimal.Context(prec=5, traps=[decimal.Inexact, decimal.DivisionByZero])
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": EXACT.divide}
+
+Calculation = namedtuple("Calculation", "expression steps result thought")
+
+# How many calculations of a thousand have which form, after GSM8K's annotations. `numbers` draws
+# the letters.
+FORMS = {
+    "{n}*{s}": 165, "{s}*{o}": 165, "{o}-{n}": 170, "{n}+{o}": 160, "{m}/{s}": 130, "{s}/{t}": 20,
+    "{n}+{o}+{s}": 45, "{n}+{s}+{o}+{t}": 15, "{o}-{s}-{n}": 15, "{n}*{d}": 35, "{d}*{o}": 10,
+    "{p}/100*{n}": 20, "{n}*{p}/100": 10, "({p}/100)*{o}": 5, "{t}/{s}*{m}": 10, "{m}*{t}/{s}": 10,
+    "{s}*{t}*{s}": 10, "{s}*{t}+{n}": 10, "{n}+{d}": 10, "({n}+{o})/{t}": 5}
+
+
+# ------------------------------------------------------------------------------------ on paper
+
+
+def show(x):
+    """Spell a number without zeros that say nothing."""
+    return f"{x.normalize():f}"
+
+
+def places(x):
+    """Split 305.2 into 300, 5 and 0.2."""
+    _, digits, exponent = x.normalize().as_tuple()
+    last = len(digits) - 1 + exponent
+    return [Decimal(digit).scaleb(last - n) for n, digit in enumerate(digits) if digit]
+
+
+def write(steps, a, sign, b):
+    """Append a step such as 120-40=80; return its result."""
+    result = APPLY[sign](a, b)
+    steps.append(f"{show(a)}{sign}{show(b)}={show(result)}")
+    return result
+
+
+def add(steps, a, b, sign="+"):
+    """Add (or subtract) the places of b one after the other, the largest first."""
+    for place in places(b):
+        a = write(steps, a, sign, place)
+    return a
+
+
+def subtract(steps, a, b):
+    return add(steps, a, b, "-")
+
+
+def multiply(steps, a, b):
+    """Multiply by each place of the shorter number. One place times two digits is a step."""
+    long, short = sorted((a, b), key=lambda x: len(places(x)), reverse=True)
+    if len(places(short)) > 1:
+        total, *parts = [multiply(steps, long, place) for place in places(short)]
+    elif len(long.normalize().as_tuple().digits) > 2:
+        total, *parts = [write(steps, place, "*", short) for place in places(long)]
+    else:
+        return write(steps, a, "*", b)
+    for part in parts:
+        total = add(steps, total, part)
+    return total
+
+
+def divide(steps, a, b):
+    """TODO"""
+    if b in (1, 10, 100, 1000):
+        return write(steps, a, "/", b)
+    rest = a
+    for place in places(EXACT.divide(a, b)):
+        part = write(steps, b, "*", place)
+        if rest > part:
+            rest = write(steps, rest, "-", part)
+    return write(steps, a, "/", b)
+
+
+WORK = {ast.Add: add, ast.Sub: subtract, ast.Mult: multiply, ast.Div: divide}
+
+
+def work(expression):
+    """Return the steps and the value of an expression of numbers, + - * / and brackets.
+
+    A fraction of a number is multiplied first: 2/3*60 is 2*60/3.
+    """
+    steps = []
+
+    def value(node):
+        match node:
+            case ast.Constant(number):
+                return Decimal(str(number))
+            case ast.BinOp(ast.BinOp(x, ast.Div(), y), ast.Mult(), z):
+                return divide(steps, multiply(steps, value(x), value(z)), value(y))
+            case ast.BinOp(x, sign, y):
+                return WORK[type(sign)](steps, value(x), value(y))
+
+    return steps, value(ast.parse(expression, mode="eval").body)
+
+
+# ---------------------------------------------------------------------------- random calculations
+
+
+def numbers(random):
+    """Draw a number for each letter of FORMS; m is a multiple of s."""
+    def below(*limits):
+        return random.randrange(2, random.choice(limits))
+
+    s, n, o = below(10, 10, 13, 61), below(10, 100, 100, 1000), below(10, 100, 100, 1000)
+    whole, part = random.choice(("", 0, below(13))), random.choice((5, 25, 75, below(10)))
+    return {"s": s, "t": below(10, 13, 61), "m": s * below(10, 100, 300), "n": n,
+            "o": o * random.choice((1, 1, 10)), "p": 5 * below(20), "d": f"{whole}.{part}"}
+
+
+def draw(random, avoid=()):
+    """Draw a Calculation whose expression is not one of `avoid`."""
+    while True:
+        (form,) = random.choices(list(FORMS), FORMS.values())
+        expression = form.format(**numbers(random))
+        try:
+            steps, value = work(expression)
+        except decimal.Inexact:
+            continue
+        thought = f"{expression}: {', '.join(steps)}"
+        if value > 0 and len(thought) <= LONGEST and expression not in avoid:
+            return Calculation(expression, steps, show(value), thought)
+
+
+if __name__ == "__main__":
+    for n in range(20):
+        print(draw(Random(n)).thought)

@@ -1,0 +1,34 @@
+"""Other weights of responses: every response counts the same, or lengths do not count at all.
+
+    torchrun -m paper.recipes.dr_grpo --no-scale-by-std [train.py's options]
+
+The loss is then no mean over the tokens of a step (DAPO), but over its responses: of each the sum
+over its tokens divided by --max-response, whatever its length (Dr. GRPO, arXiv 2503.20783). With
+PER = "sequence" below it is the mean over its tokens, as GRPO was published.
+"""
+
+from dataclasses import replace
+
+import rpt
+import train
+
+PER = "constant"
+usual = rpt.accumulate
+
+
+def accumulate(model, examples, method):
+    """Accumulate gradients with these weights, with rpt.accumulate's arguments."""
+    def weigh(response):
+        length = len(response.ids) if PER == "sequence" else method.max_response
+        return replace(response, weight=1 / (method.questions * method.group_size * length))
+
+    return usual(model, [(prompt, list(map(weigh, group))) for prompt, group in examples], method)
+
+
+def main(argv=None):
+    rpt.accumulate = accumulate
+    train.main(argv)
+
+
+if __name__ == "__main__":
+    main()
