@@ -378,8 +378,9 @@ def load_pretrained(name: str | os.PathLike, device: str | torch.device = "cpu",
                     dtype: torch.dtype = torch.float32) -> Transformer:
     """Load a model from a Hugging Face directory or hub id."""
     directory = resolve(name)
+    config = read_config(directory)
     with torch.device("meta"):
-        model = Transformer(read_config(directory)).to(dtype)
+        model = Transformer(config).to(dtype)
     model.to_empty(device=device)
     load_weights(model, directory)
     return model

@@ -34,13 +34,11 @@ def spend(folder: Path) -> np.ndarray:
     config = ModelConfig.from_dict(read_json(resolve(run.model) / "config.json"))
     flops = np.zeros(len(read_rows(folder / "metrics.jsonl")))
     if run.stage == "ntp":
-        corpus = load_corpus(run.corpus, Tokenizer(resolve(run.model), run.date), run.holdout,
-                             run.seed, run.max_prompt)
-        texts = sequences(corpus)
+        tokenizer = Tokenizer(resolve(run.model), run.date)
+        texts = sequences(load_corpus(run.corpus, tokenizer, run.holdout, run.seed, run.max_prompt))
+        costs = np.array([3 * forward(config, len(ids), len(ids) / 2) for ids, _ in texts])
         for step in range(len(flops)):
-            drawn = random_indices(len(texts), run.seed, step, 0, run.questions)
-            lengths = [len(texts[n][0]) for n in drawn]
-            flops[step] = 3 * sum(forward(config, n, n / 2) for n in lengths)
+            flops[step] = costs[random_indices(len(texts), run.seed, step, 0, run.questions)].sum()
     for row in read_rows(folder / "rollouts.jsonl"):
         prompt = row["prompt_tokens"]
         once = forward(config, prompt, prompt / 2)

@@ -182,7 +182,7 @@ def scaling(folders: Sequence[Path]) -> tuple[str, str]:
     """Fit P(C) = A / C^alpha + P* to the means over seeds at each checkpoint from a tenth of the
     run on, where the paper's first point is; returns a text and a figure."""
     evals = [read_rows(folder / "rpt" / "evals.jsonl") for folder in folders]
-    evals = [rows[len(rows) // 10:] for rows in evals]
+    evals = [rows[max(1, len(rows) // 10):] for rows in evals]
     steps = [row["step"] - 1 for row in evals[0]]
     compute = np.mean([spend(folder / "rpt").cumsum()[steps] for folder in folders], 0)
     text, lines, dots = "## Scaling: P(C) = A / C^alpha + P*, C in FLOPs\n\n", {}, {}

@@ -28,8 +28,7 @@ USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, or betwee
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("processes", 8), ("memory", 80), ("prompt-tokens", 600),
                           ("response-tokens", 900)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -43,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights, usable = parts["rollout weights"], USABLE * GB * machine.memory
     fixed, training = parts["master weights"] * 3 + weights, sum(parts.values()) - weights
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DTYPES[run.dtype].itemsize
-    rows = min(run.max_rows, -(-run.questions * run.group_size // machine.processes))
-    worst = rows * run.max_response + -(-rows // run.group_size) * run.max_prompt
+    groups = min(run.max_rows // run.group_size, -(-run.questions // machine.processes))
+    worst = groups * (run.group_size * run.max_response + run.max_prompt)
     room, cache = int((usable - fixed) / kv), min(worst, run.cache_tokens)
     shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
     print(f"{machine.processes} x {machine.memory} GB, GB per process: {shown}")

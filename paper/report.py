@@ -1,10 +1,10 @@
 """Draw one page about a run, or about several side by side: one HTML file without a script.
 
     python -m paper.report RUN [RUN ...] [--out FILE]          report.html in the first folder
+    python -m paper.report RUN --out FILE.svg                  reward and accuracy in one figure
 
 It shows the evaluations of evals.jsonl, the curves of metrics.jsonl, the options of run.json, and
-the rollouts of the first run. `svg` draws a figure for Markdown too. What a model or a corpus wrote
-enters the page through `escape` only.
+the rollouts of the first run. What a model or a corpus wrote enters it through `escape` only.
 """
 
 import argparse
@@ -98,9 +98,9 @@ def svg(title: str, lines: dict[str, Sequence[tuple]], dots: dict[str, Sequence[
             parts.append(f'<path {style} d="M8 {y}h24"/><text x="38" y="{y + 4}">{escape(name)}'
                          "</text>")
     parts.append(f'<text x="{width / 2}" y="{bottom + 38}" text-anchor="middle">{escape(x)}</text>')
+    size = f'width="{width}" height="{bottom + 46}" viewBox="0 0 {width} {bottom + 46}"'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" aria-label='
-            f'"{escape(title)}" viewBox="0 0 {width} {bottom + 46}"><style>{SVG_STYLE}</style>'
-            f"{''.join(parts)}</svg>")
+            f'"{escape(title)}" {size}><style>{SVG_STYLE}</style>{"".join(parts)}</svg>')
 
 
 def curves(runs: dict[str, Path]) -> Iterator[str]:
@@ -111,6 +111,16 @@ def curves(runs: dict[str, Path]) -> Iterator[str]:
                  if (curve := [(row["step"], row[key]) for row in rows if key in row])}
         if lines:
             yield svg(title, lines)
+
+
+def picture(folder: Path) -> str:
+    """Return an SVG for a README: a run's reward and held-out accuracy against the step."""
+    rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    lines = {"RPT, mean reward of a step": [(row["step"], row["reward"]) for row in rows]}
+    for split in evals[0]["held-out"]:
+        lines[f"RPT, accuracy on held-out positions, {split}"] = [
+            (row["step"], row["held-out"][split]["reasoning"][0]) for row in evals]
+    return svg("Reinforcement Pre-Training: reasoning about the next token", lines)
 
 
 # ---------------------------------------------------------------------------------- tables, text
@@ -129,8 +139,9 @@ def exams(runs: dict[str, Path]) -> Iterator[str]:
         rows = read_rows(folder / "evals.jsonl")
         sat += [(f"{name}, step {row['step']}", row) for row in rows[:1] + rows[1:][-1:]]
     for exam in dict.fromkeys(key for _, row in sat for key in row if key != "step"):
-        lines = evaluation.table({name: row[exam] for name, row in sat if exam in row}, exam)
-        yield table(re.split("  +", line) for line in lines.splitlines())
+        text = evaluation.table({name: row[exam] for name, row in sat if exam in row}, exam)
+        title, *lines = text.splitlines()
+        yield f"<h3>{escape(title)}</h3>{table(re.split('  +', line) for line in lines)}"
 
 
 def options(runs: dict[str, Path]) -> str:
@@ -175,7 +186,7 @@ def page(folders: Sequence[Path]) -> str:
             f"<details><summary>Options</summary>{options(runs)}</details>"
             f"<h2>Evaluations</h2>{''.join(exams(runs))}<h2>Training</h2>"
             f"<div class=\"plots\">{''.join(curves(runs))}</div><h2>Rollouts of "
-            f"{escape(str(folders[0]))}</h2><p>What is marked is the text that follows.</p>"
+            f"{escape(str(folders[0]))}</h2><p>What is marked follows, or is the answer.</p>"
             f"{''.join(rollouts(folders[0] / 'rollouts.jsonl'))}</body></html>\n")
 
 
@@ -184,11 +195,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, such as runs/toy")
-    parser.add_argument("--out", type=Path, help="file (default: report.html in the first folder)")
+    parser.add_argument("--out", type=Path, help="file (default: report.html in the first folder); "
+                        "of a .svg the figure of a README, of the first run")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
     try:
-        out.write_text(page(args.runs), encoding="utf-8")
+        text = picture(args.runs[0]) if out.suffix == ".svg" else page(args.runs)
+        out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"paper.report: error: {error}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

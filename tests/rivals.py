@@ -63,7 +63,7 @@ def trl_trainer(model: Transformer, prompts: Sequence[Sequence[int]], samples: i
 
 
 def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
-    """Run the trainer, and our step after each of its; return ("TRL" or "ours", seconds) in turn."""
+    """Run the trainer and our step in turns; return ("TRL" or "ours", seconds) of each."""
     from transformers import TrainerCallback
     seconds = []
 

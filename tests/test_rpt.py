@@ -144,7 +144,7 @@ def test_token_logprobs_are_the_full_softmax_without_all_its_logits(monkeypatch,
     exact = full[range(100), targets]
     (exact * factors).sum().backward()
     # Logits are sums of 32 products: roundings of |h| |w| / T, which the gradient carries on.
-    size = (exact_hidden.abs() @ exact_head.abs().T).max() / 0.7
+    size = (exact_hidden.abs() @ exact_head.abs().T).max().item() / 0.7
     assert_rounds_to(logprobs, exact, 4, size)
     assert_rounds_to(entropy, -(full.exp() * full).sum(-1), 4 * math.log(40), size)
     for got, exact in ((hidden.grad, exact_hidden.grad), (model.head.grad, exact_head.grad)):

@@ -65,14 +65,13 @@ def subtract(steps, a, b):
 
 
 def multiply(steps, a, b):
-    """Multiply by each place of the shorter number. One place times two digits is a step."""
-    long, short = sorted((a, b), key=lambda x: len(places(x)), reverse=True)
+    """Multiply by one place after the other. One place times one or two is a step."""
+    short, long = sorted((a, b), key=lambda x: len(places(x)))
     if len(places(short)) > 1:
-        total, *parts = [multiply(steps, long, place) for place in places(short)]
-    elif len(long.normalize().as_tuple().digits) > 2:
-        total, *parts = [write(steps, place, "*", short) for place in places(long)]
-    else:
+        short, long = long, short
+    elif len(places(long)) < 3:
         return write(steps, a, "*", b)
+    total, *parts = [multiply(steps, short, place) for place in places(long)]
     for part in parts:
         total = add(steps, total, part)
     return total
@@ -120,10 +119,10 @@ def numbers(random):
     def below(*limits):
         return random.randrange(2, random.choice(limits))
 
-    s, n, o = below(10, 10, 13, 61), below(10, 100, 100, 1000), below(10, 100, 100, 1000)
-    whole, part = random.choice(("", 0, below(13))), random.choice((5, 25, 75, below(10)))
-    return {"s": s, "t": below(10, 13, 61), "m": s * below(10, 100, 300), "n": n,
-            "o": o * random.choice((1, 1, 10)), "p": 5 * below(20), "d": f"{whole}.{part}"}
+    s, part = below(10, 10, 13, 61), random.choice((5, 25, 75, below(10)))
+    return {"s": s, "t": below(10, 13, 61), "m": s * below(10, 100, 300),
+            "n": below(10, 100, 100, 1000), "o": below(10, 100, 1000) * random.choice((1, 1, 10)),
+            "p": 5 * below(20), "d": f"{random.choice(('', 0, below(13)))}.{part}"}
 
 
 def draw(random, avoid=()):
