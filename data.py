@@ -104,7 +104,7 @@ class Tokenizer:
             return environment.from_string(source).render(
                 messages=[{"role": role, "content": text}
                           for role, text in zip(("user", "assistant"), messages)],
-                add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos,
+                add_generation_prompt=add_generation_prompt, bos_token=bos or "", eos_token=eos,
                 tools=None, documents=None, strftime_now=day.strftime)
 
         if ("<think>" not in render("\0", add_generation_prompt=True)

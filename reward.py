@@ -81,7 +81,7 @@ def value(text: str) -> Fraction | str:
     text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = re.sub("[{}]", "", _FRACTION.sub(r" \1/\2", text))
     # A space between digits stays, because 1 1/2 is not 11/2.
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".")
+    text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split())).rstrip(".")
     text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)
     try:  # nobody writes 1e999999999, and its digits would take forever
         return Fraction(text) if len(text) < 50 and "e" not in text.lower() else text

@@ -124,7 +124,7 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
 
     The standard deviation is unbiased. It makes a rare success weigh more than a frequent one.
     Equal rewards give exactly zero. That is tested on the rewards, because R - mean may be rounding
-    noise, and noise divided by its own deviation is of order 1.
+    noise.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)

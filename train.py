@@ -211,7 +211,7 @@ def replacing(place: Path) -> Iterator[Path]:
     all_gather(None)
     try:
         yield aside
-    except (OSError, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # a full disk has many names
         shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).splitlines()[-1]  # torch's exception begins with a traceback
         sys.exit(f"train.py: error: {place} cannot be written ({reason})")
@@ -293,7 +293,7 @@ def watch(bar: tqdm, step: int, metrics: dict, in_a_row: Counter) -> None:
         reasons = {("finished", 0): "no response ends within --max-response",
                    ("parsed", 0): "no response boxes a prediction; a cold start teaches the format",
                    ("all_wrong", 1): "every prediction can be read but is wrong",
-                   ("all_right", 1): "every prediction is right"}
+                   ("all_right", 1): "every reward is 1"}
         found = [text for (name, x), text in reasons.items() if metrics.get(name) == x]
         bar.write(f"step {step}: nothing was learned in {PATIENCE} steps, because the rewards of "
                   f"each group are equal; {' and '.join(found)}")
