@@ -354,7 +354,7 @@ def test_three_steps_in_a_row_without_an_informative_group_are_said_once_with_th
     said = [line for line in capsys.readouterr().out.splitlines() if "nothing was learned" in line]
     for line, (step, reason) in zip(said, {
             5: "every prediction can be read but is wrong", 10: "no response boxes a prediction",
-            14: "no response ends within --max-response", 18: "every prediction is right",
+            14: "no response ends within --max-response", 18: "every reward is 1",
             }.items(), strict=True):
         assert line.startswith(f"step {step}: ") and reason in line
 
