@@ -495,3 +495,22 @@ def test_recipes_are_the_papers_a_small_models_and_the_toys(monkeypatch):
         assert (run.recipe, run.lr, run.max_response) == ("small", 1e-5, 512)
     run = train.parse([])
     assert (run.recipe, Path(run.model), run.template) == ("toy", ROOT / "toy/base", "toy")
+
+
+def test_shards_compute_in_the_dtype_and_are_summed_in_float32(monkeypatch):
+    policies = []
+
+    def note(module, mp_policy, **_):
+        policies.append(mp_policy)
+        module.set_gradient_divide_factor = lambda factor: policies.append(factor)
+        module.set_force_sum_reduction_for_comms = policies.append
+
+    monkeypatch.setattr(train, "fully_shard", note)
+    monkeypatch.setattr(train, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    model = load_pretrained(train.TOY / "base")
+    train.shard(model, torch.bfloat16, "cpu")
+    groups = len(model.model.layers) + 1
+    assert policies[1::3] == [1.0] * groups and policies[2::3] == [True] * groups
+    for policy in policies[::3]:
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
