@@ -13,12 +13,14 @@ weights, gradients and reductions are float32; the computation is in --dtype. A 
 may call `main` with a reward or a step: see paper/recipes.
 """
 
+import atexit
 import fcntl
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +124,9 @@ def start(run: Run) -> torch.device:
     if device.type != "cpu":
         torch.accelerator.set_device_index(local)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    # Gloo's threads let go of tensors after a collective has returned, for which torch 2.14 needs a
+    # living interpreter: let them finish before it ends.
+    atexit.register(time.sleep, 0.2)
     if world > 1:
         dist.init_process_group(backend)
     elif run.dtype != "float32":
