@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Corpus, Question, Tokenizer, read_json
-from model import (DTYPES, Transformer, all_gather, load_pretrained, pad, rank_and_world, resolve,
-                   unsharded)
+from model import (DTYPES, Transformer, all_gather, is_first, load_pretrained, pad,
+                   rank_and_world, resolve, unsharded)
 from reward import REWARDS, extract_prediction, prefix_match, value
 from rpt import Group, Method, Policy, option, pack, rollout
 
@@ -92,7 +92,7 @@ def corpus_entropy(task: Task, corpus: Corpus) -> np.ndarray:
     if not all_gather(file.exists())[0]:
         model = load_pretrained(directory, task.device, DTYPES[task.dtype])
         values = entropies(model, corpus)
-        if rank_and_world()[0] == 0:
+        if is_first():
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(aside := file.with_suffix(f".{os.getpid()}.npy"), values)
             aside.rename(file)
@@ -148,6 +148,18 @@ def evaluate(policy: Policy, questions: Sequence[Question], task: Task,
     return gather_records(records)
 
 
+def examine(policy: Policy, exams: dict[str, tuple[Sequence[Question], Task]], step: int,
+            out: Path) -> dict[str, dict]:
+    """Log the records of each exam to records.jsonl; returns their summaries."""
+    found = {}
+    for name, (questions, task) in exams.items():
+        if questions:
+            records = evaluate(policy, questions, task)
+            log(out / "records.jsonl", step, *({"exam": name} | record for record in records))
+            found[name] = summary(records)
+    return found
+
+
 def gather_records(records: list[dict]) -> list[dict]:
     """Return the records of all processes in the order of their questions."""
     return sorted((r for part in all_gather(records) for r in part), key=lambda r: r["question"])
@@ -166,6 +178,18 @@ def record(group: Group, tokenizer: Tokenizer) -> dict:
             "responses": list(map(to_text, group.responses)), "kept": group.kept,
             "finished": [c.finished for c in completions], "prompt_tokens": len(group.prompt),
             "tokens": [len(c.ids) for c in completions]}
+
+
+def log(file: Path, step: int, *rows: dict) -> None:
+    """Append rows about a step to a log (rank 0 only)."""
+    if is_first():
+        try:
+            with open(file, "a") as out:
+                for row in rows:
+                    out.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+        except OSError as error:
+            sys.exit(f"{file} cannot be written ({error}); the same command goes on from the last "
+                     "checkpoint")
 
 
 def to_text(content: bytes | None) -> str | None:

@@ -286,6 +286,11 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first() -> bool:
+    """Tell whether this process writes and speaks for all."""
+    return rank_and_world()[0] == 0
+
+
 def all_gather(value: object) -> list:
     """Return one object from each process, in the order of ranks."""
     values = [value] * rank_and_world()[1]

@@ -28,7 +28,7 @@ V vocabulary.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -148,7 +148,7 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
 
     hidden [N, hidden_size], targets [N]; both results are float32 [N] in nats, at `temperature`.
     Only the entropy has no gradient. The [N, V] logits never exist as a whole: backward computes
-    each chunk of them again.
+    each chunk of them again. The plain form is in toy/mini.py's `policy_loss`.
     """
     def chunk(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = (F.linear(hidden, head).float() / temperature).log_softmax(-1)
@@ -165,12 +165,11 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor,
 # ----------------------------------------------------------------------------------------- step
 
 
-def rpt_step(policy: Policy, optimizer: torch.optim.Optimizer,
-             draw: Callable[[int, int], Sequence[Question]], step: int, method: Method,
-             reward: Callable, seed: int) -> tuple[list[Group], dict]:
+def rpt_step(policy: Policy, optimizer: torch.optim.Optimizer, draw: Callable, step: int,
+             method: Method, reward: Callable, seed: int) -> tuple[list[Group], dict]:
     """Run one step of RPT; returns this process's groups, and the metrics of the update.
 
-    draw(step, retry) must return the same questions on every process.
+    draw(step, retry) must return the same list of questions on every process.
     """
     begin = time.perf_counter()
     groups = sample_groups(policy, draw, step, method, reward, seed)
@@ -180,8 +179,8 @@ def rpt_step(policy: Policy, optimizer: torch.optim.Optimizer,
     return groups, metrics | {"seconds": seconds}
 
 
-def sample_groups(policy: Policy, draw: Callable[[int, int], Sequence[Question]], step: int,
-                  method: Method, reward: Callable, seed: int) -> list[Group]:
+def sample_groups(policy: Policy, draw: Callable, step: int, method: Method, reward: Callable,
+                  seed: int) -> list[Group]:
     """Sample this process's groups for one step, including groups that dynamic sampling replaces.
 
     Dynamic sampling (DAPO; the paper from step 500) keeps only informative groups and draws again
@@ -247,11 +246,11 @@ IDLE = [(0, Response([0], [0.0], 0.0, 0.0))]  # a slice for a process that has n
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequence[Group],
            method: Method) -> dict[str, float]:
-    """Make `method.updates` optimizer steps on the groups of all processes; returns the metrics of
-    the last one, the same on every process.
+    """Make `method.updates` optimizer steps on the groups of all processes; returns the metrics,
+    the same on every process.
 
-    The differences to the sampler (logprob_diff) are those of the first step, before the weights
-    move. If a step is not finite it changes nothing, and it is the last.
+    They are those of the first step, before the weights move, but `skipped` is the last step's. A
+    step that is not finite changes nothing; the steps before it stay.
     """
     tokens, informative = all_sum(sum(len(c.ids) for g in groups for c in g.completions),
                                   sum(group.informative for group in groups))
@@ -265,11 +264,27 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequenc
             examples.append((group.prompt, responses))
     metrics = {"skipped": 0.0}
     for _ in range(method.updates if informative else 0):
-        if not metrics["skipped"]:
-            difference = {name: x for name, x in metrics.items() if name.startswith("logprob_")}
-            figures = accumulate(model, examples, method)
-            metrics = optimizer_step(model, optimizer, figures, method.grad_clip) | difference
+        figures = accumulate(model, examples, method)
+        found = optimizer_step(model, optimizer, figures, method.grad_clip)
+        metrics = found | metrics | {"skipped": found["skipped"]}
     return metrics | {"informative": informative}
+
+
+def next_token_step(policy: Policy, optimizer: torch.optim.Optimizer, draw: Callable, step: int,
+                    method: Method, *_) -> tuple[list, dict]:
+    """Run a step of next-token prediction, with rpt_step's arguments: the paper's baseline, or
+    supervised training.
+
+    draw returns pairs (ids, first). The gradient is a policy gradient in which ids[:first] is the
+    prompt and ids[first:] a response with advantage 1; the usual loss is the metric nll.
+    """
+    (rank, world), rows, examples = rank_and_world(), draw(step, 0), []
+    weight = 1 / sum(len(ids) - first for ids, first in rows)
+    for ids, first in rows[rank::world]:
+        response = Response(ids[first:], [0.0] * (len(ids) - first), 1.0, weight)
+        examples.append((ids[:first], [response]))
+    figures = accumulate(policy.model, examples, replace(method, temperature=1.0, updates=1))
+    return [], optimizer_step(policy.model, optimizer, figures, method.grad_clip)
 
 
 def accumulate(model: Transformer, examples: Sequence[Example], method: Method) -> Tensor:
@@ -283,7 +298,8 @@ def accumulate(model: Transformer, examples: Sequence[Example], method: Method) 
         prompts ◀─backward── roots ◀── the leaves' gradients
 
     So a prompt is computed once for all its responses, and only the graph of the prompts and of one
-    slice is alive. By the chain rule the gradient does not depend on `micro_tokens`.
+    slice is alive. By the chain rule the gradient does not depend on `micro_tokens`. The plain
+    form, one forward and one backward pass over all rows, is in toy/mini.py's `train_step`.
     """
     figures, device = [], model.head.device
     batches = pack(examples, lambda example: len(example[0]), method.micro_tokens // 2, padding=1.0)
@@ -328,8 +344,8 @@ def add_gradient(model: Transformer, cache: Prompts, last: Tensor, part: list[tu
     """Add the gradient of a slice of (row of its prompt, response).
 
     last: hidden [prompts, hidden_size] of each prompt's last token, which predicts the first token
-    of a response. Returns the figures [6]: the loss; sums over tokens of -log-probability, entropy
-    and |difference from the sampler's log-probability|; tokens; the largest difference.
+    of a response. Returns the figures [5]: the loss; sums over tokens of -log-probability, entropy
+    and |difference from the sampler's log-probability|; tokens.
     """
     device, responses = model.head.device, [response for _, response in part]
     rows = torch.tensor([row for row, _ in part], device=device)
@@ -350,7 +366,7 @@ def add_gradient(model: Transformer, cache: Prompts, last: Tensor, part: list[tu
     counted, logprobs = weights > 0, logprobs.detach()  # an idle slice counts nothing
     off = (logprobs - sampled).abs() * counted
     return torch.stack((loss.detach(), -(logprobs * counted).sum(), (entropy * counted).sum(),
-                        off.sum(), counted.sum(), off.max()))
+                        off.sum(), counted.sum()))
 
 
 def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, figures: Tensor,
@@ -360,16 +376,15 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, figures
     If the loss or the gradient is not finite, the weights stay as they were, and the only metric is
     {"skipped": 1.0}.
     """
-    loss, nll, entropy, off, tokens = all_sum(*figures[:, :5].double().sum(0).tolist())
-    largest = max(all_gather(float(figures[:, 5].max())))
+    loss, nll, entropy, off, tokens = all_sum(*figures.double().sum(0).tolist())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     finite = math.isfinite(loss + norm)
     if finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     if not finite:
         return {"skipped": 1.0}
     return {"loss": loss, "nll": nll / tokens, "entropy": entropy / tokens,
-            "logprob_diff": off / tokens, "logprob_diff_max": largest,
-            "trained_tokens": tokens, "grad_norm": norm, "skipped": 0.0}
+            "logprob_diff": off / tokens, "trained_tokens": tokens, "grad_norm": norm,
+            "skipped": 0.0}

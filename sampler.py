@@ -25,8 +25,7 @@ from torch import Tensor
 from model import Prompts, Transformer, last_hidden
 
 PREFILL_TOKENS = 32768  # padded tokens of a wave's prompts, which are computed in one forward pass
-GROWTH = 32  # columns by which the rows' own cache grows
-ROOM = 1 / 8  # share of a wave's rows that have ended when they leave, because moving a cache costs
+GROWTH = 16  # columns by which the rows' own cache grows; then rows that have ended leave
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,9 @@ class KVCache:
     """Keys and values of a wave: of its prompts, and of the tokens that its rows have sampled.
 
     By layer [2, kv_heads, prompts or rows, columns, d]. Row r of the wave continues prompt
-    r // samples. Between two calls of `keep` and `grow`, a forward pass reads and writes the same
-    tensors and asks the device nothing, so it can be recorded (see `record`).
+    r // samples. Between two calls of `keep`, a forward pass reads and writes the same tensors and
+    asks the device nothing, so it can be recorded (see `record`). The plain form is the `cache` of
+    toy/mini.py's `rollout`, in which every row holds its whole prompt.
     """
 
     def __init__(self, prompts: Prompts, samples: int):
@@ -100,20 +100,15 @@ class KVCache:
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
         self.own = [x[:, :, self.rows // samples, :0] for x in self.prompts]
         self.age = self.rows[:1] - 1  # [1], the newest column that is filled
-        self.grow()
-
-    def grow(self) -> None:
-        """Add empty columns for the rows' own tokens."""
-        for n, x in enumerate(self.own):  # one layer at a time: no second copy of the whole
-            self.own[n] = F.pad(x, (0, 0, 0, GROWTH))
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, and the prompts after the last one that still has rows."""
+        """Drop all rows but these, and the prompts after the last one that still has rows; then add
+        empty columns for the rows' next tokens."""
         self.rows, self.lengths = self.rows[rows], self.lengths[rows]
         self.groups = int(self.rows[-1]) // self.samples + 1
-        for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):
-            self.prompts[n] = prompt[:, :, : self.groups].clone()
-            self.own[n] = own[:, :, rows]
+        for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):  # one layer at a time: no
+            self.prompts[n] = prompt[:, :, : self.groups].contiguous()  # second copy of the whole
+            self.own[n] = F.pad(own[:, :, rows], (0, 0, 0, GROWTH))
 
     def positions(self, width: int) -> Tensor:
         """Open the rows' next column; return the position of its tokens in their texts [rows, 1].
@@ -164,7 +159,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
     """Sample completions of every prompt (token ids); returns them as [prompt][sample].
 
     sampling: the fields of Sampling. keys: one integer per prompt (default: its index), which
-    together with the seed and the sample's number decides the randomness.
+    together with the seed and the sample's number decides the randomness. The plain form
+    is toy/mini.py's `rollout`.
     """
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty: it needs at least one token")
@@ -212,21 +208,15 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
 
     sample(logits)
     for age in range(1, how.max_new_tokens):
-        rows, size = cache.rows, age + GROWTH
-        room = how.cache_tokens - cache.groups * cache.prompts[0].shape[3]
-        going = (length[rows] == 0).nonzero()[:, 0]  # waits for the device
-        if not len(going):
-            break
-        if len(going) * size > room:
-            owner = rows[going] // how.samples
-            going = going[owner < max(int(owner[0]) + 1, int(owner[len(owner) // 2]))]
-        leave = len(going) < len(rows) and (
-            len(going) <= (1 - ROOM) * len(rows) or len(rows) * size > room)
-        if leave:
+        if age % GROWTH == 1:
+            going = (length[cache.rows] == 0).nonzero()[:, 0]  # waits for the device
+            if not len(going):
+                break
+            room = how.cache_tokens - cache.groups * cache.prompts[0].shape[3]
+            if len(going) * (age + GROWTH) > room:
+                owner = cache.rows[going] // how.samples
+                going = going[owner < max(int(owner[0]) + 1, int(owner[len(owner) // 2]))]
             cache.keep(going)
-        if age % GROWTH == 0:
-            cache.grow()
-        if leave or age % GROWTH == 0 or age == 1:
             step = record(advance, uniform.device)
         step()
     complete = length > 0

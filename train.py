@@ -39,14 +39,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-import eval as evaluation
 from data import (Question, Tokenizer, answer_questions, load_corpus, prompt_ids, random_indices,
                   read_json, select_positions, sequences)
-from eval import SPLITS, fingerprint, record
-from model import (DTYPES, ModelConfig, Transformer, all_gather, load_weights, rank_and_world,
-                   read_config, resolve, save_pretrained)
+from eval import (SPLITS, Task, corpus_entropy, examine, fingerprint, gather_records, growth, log,
+                  measures, parser_of, record)
+from model import (DTYPES, ModelConfig, Transformer, all_gather, is_first, load_weights,
+                   rank_and_world, read_config, resolve, save_pretrained)
 from reward import REWARDS
-from rpt import Group, Method, Policy, Response, accumulate, option, optimizer_step, rpt_step
+from rpt import Policy, next_token_step, option, rpt_step
 
 PATIENCE = 3  # steps in a row: not finite, they end a run; without an informative group, a warning
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "records.jsonl")
@@ -54,7 +54,7 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
-class Run(evaluation.Task):
+class Run(Task):
     """All options of a run: the method, what models are asked, and these."""
 
     recipe: str = option("", "defaults for all other options; without one `toy`, or `small` if a "
@@ -92,7 +92,7 @@ FREE = {"recipe", "steps", "save_every", "eval_every", "eval_questions", "sample
 
 def parse(argv: Sequence[str] | None = None, defaults: dict | None = None) -> Run:
     """Read the command line: an option per field of Run, with the recipe's values as defaults."""
-    parser, given = evaluation.parser_of(Run, __doc__), defaults or {}
+    parser, given = parser_of(Run, __doc__), defaults or {}
     parser.set_defaults(**given)
     named, _ = parser.parse_known_args(argv)
     recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
@@ -110,11 +110,6 @@ def parse(argv: Sequence[str] | None = None, defaults: dict | None = None) -> Ru
 
 
 # -------------------------------------------------------------------------- processes and shards
-
-
-def is_first() -> bool:
-    """Tell whether this process writes and speaks for all."""
-    return rank_and_world()[0] == 0
 
 
 def start(run: Run) -> torch.device:
@@ -150,7 +145,7 @@ def build(run: Run, config: ModelConfig, device: torch.device) -> Transformer:
 def shard(model: Transformer, dtype: torch.dtype, device_type: str) -> None:
     """Apply FSDP2: each block is a group; embedding, norm and head are another one.
 
-    Gradients are summed in float32.
+    Gradients are summed in float32. toy/mini.py's `main` holds the whole model instead.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
@@ -228,14 +223,6 @@ def replacing(place: Path) -> Iterator[Path]:
     all_gather(None)
 
 
-def log(file: Path, step: int, *rows: dict) -> None:
-    """Append rows about a step to a log (rank 0 only)."""
-    if is_first():
-        with open(file, "a") as out:
-            for row in rows:
-                out.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
-
-
 def state_of(out: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict:
     """Return what a checkpoint holds: weights, moments, and the lengths of the logs."""
     weights, moments = get_state_dict(model, optimizer)
@@ -270,9 +257,8 @@ def resume(run: Run, model: Transformer, optimizer: torch.optim.Optimizer) -> in
 
 def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
     """Return means over a step's rollouts, including those that dynamic sampling replaced."""
-    rows = [evaluation.measures(r) | {
-        "reward": np.mean(r["rewards"]), "finished": np.mean(r["finished"]),
-        "all_right": min(r["rewards"]) >= 1, "all_wrong": max(r["rewards"]) < 1} for r in records]
+    rows = [measures(r) | {"reward": np.mean(r["rewards"]), "finished": np.mean(r["finished"])}
+            for r in records]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -297,18 +283,19 @@ def watch(bar: tqdm, step: int, metrics: dict, in_a_row: Counter) -> None:
     if in_a_row["idle"] == PATIENCE and is_first():
         reasons = {("finished", 0): "no response ends within --max-response",
                    ("parsed", 0): "no response boxes a prediction; a cold start teaches the format",
-                   ("all_wrong", 1): "every prediction can be read but is wrong",
-                   ("all_right", 1): "every reward is 1"}
-        found = [text for (name, x), text in reasons.items() if metrics.get(name) == x]
+                   ("reward", 0): "every prediction that can be read is wrong",
+                   ("reward", 1): "every reward is 1"}
+        reason = next((text for (name, x), text in reasons.items() if metrics.get(name) == x),
+                      "some groups are all right, the others all wrong")
         bar.write(f"step {step}: nothing was learned in {PATIENCE} steps, because the rewards of "
-                  f"each group are equal; {' and '.join(found)}")
+                  f"each group are equal; {reason}")
 
 
 # ------------------------------------------------------------------------------------------ stages
 
 
-def train(run: Run, policy: Policy, items: Sequence, evaluate: Callable[[Policy, int], dict],
-          one_step: Callable, reward: Callable | None = None) -> None:
+def train(run: Run, policy: Policy, items: Sequence, exams: dict, one_step: Callable,
+          reward: Callable | None = None) -> None:
     """Run the loop of every stage: step, logs, evaluation, checkpoint; export the policy."""
     out, in_a_row, requests = Path(run.out), Counter(), []
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=run.lr, betas=(0.9, run.beta2),
@@ -319,19 +306,18 @@ def train(run: Run, policy: Policy, items: Sequence, evaluate: Callable[[Policy,
         chosen = random_indices(len(items), run.seed, step, retry, run.questions)
         return [items[n] for n in chosen]
 
-    def export() -> None:
-        with replacing(out / "model") as aside:
-            save_pretrained(policy.model, aside, policy.tokenizer)
+    def evaluate(step: int) -> None:
+        log(out / "evals.jsonl", step, examine(policy, exams, step, out))
 
     if begin == 0:
-        log(out / "evals.jsonl", 0, evaluate(policy, 0))
+        evaluate(0)
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, then stop
         signal.signal(number, lambda number, _: requests.append(number))
     bar = tqdm(range(begin, run.steps), run.stage, run.steps, initial=begin, unit="step",
                disable=not (run.steps and is_first()))
     for step in bar:
         groups, metrics = one_step(policy, optimizer, draw, step, run, reward, run.seed)
-        records = evaluation.gather_records([record(g, policy.tokenizer) for g in groups])
+        records = gather_records([record(g, policy.tokenizer) for g in groups])
         metrics |= rollout_metrics(records) if records else {}
         log(out / "rollouts.jsonl", step, *records)
         log(out / "metrics.jsonl", step, metrics)
@@ -339,70 +325,47 @@ def train(run: Run, policy: Policy, items: Sequence, evaluate: Callable[[Policy,
         watch(bar, step, metrics, in_a_row)
         done = step + 1
         if done == run.steps or run.eval_every and done % run.eval_every == 0:
-            log(out / "evals.jsonl", done, evaluate(policy, done))
-        if done == run.steps:
-            export()  # before the last checkpoint, which says that all is done
+            evaluate(done)
         stopping = max(all_gather(max(requests, default=0)))
-        if stopping or done == run.steps or done % run.save_every == 0:
+        if done < run.steps and (stopping or done % run.save_every == 0):
             save(out, done, state_of(out, policy.model, optimizer))
-        if stopping and done < run.steps:
-            sys.exit(128 + stopping)
+            if stopping:
+                sys.exit(128 + stopping)
+    if begin < run.steps or run.steps and not (out / "model").exists():
+        with replacing(out / "model") as aside:
+            save_pretrained(policy.model, aside, policy.tokenizer)
+        save(out, run.steps, state_of(out, policy.model, optimizer))  # which says that all is done
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if run.steps and not (out / "model").exists():
-        export()
 
 
-def next_token_step(policy: Policy, optimizer: torch.optim.Optimizer,
-                    draw: Callable[[int, int], Sequence], step: int, method: Method,
-                    *_) -> tuple[list[Group], dict]:
-    """Run a step of next-token prediction: the paper's baseline, or supervised training.
+def prepare(run: Run, tokenizer: Tokenizer) -> tuple[Sequence, dict]:
+    """Return what the run trains on, and its exams: questions and their task by name.
 
-    It draws pairs (ids, first). The gradient is a policy gradient in which ids[:first] is the
-    prompt and ids[first:] a response with advantage 1; the usual loss is the metric nll.
+    It trains on the documents of a corpus (ntp), on selected positions of it (rpt) or on its
+    problems with answers (rlvr). RL is examined on what is held out, and on --answers.
     """
-    (rank, world), rows, examples = rank_and_world(), draw(step, 0), []
-    weight = 1 / sum(len(ids) - first for ids, first in rows)
-    for ids, first in rows[rank::world]:
-        response = Response(ids[first:], [0.0] * (len(ids) - first), 1.0, weight)
-        examples.append((ids[:first], [response]))
-    figures = accumulate(policy.model, examples, replace(method, temperature=1.0, updates=1))
-    return [], optimizer_step(policy.model, optimizer, figures, method.grad_clip)
-
-
-def questions(run: Run, tokenizer: Tokenizer) -> tuple[Sequence[Question], Callable]:
-    """Return what RL trains on, and its evaluation.
-
-    RL trains on the selected positions of a corpus (rpt) or on its problems with answers (rlvr).
-    The evaluation asks what is held out, and the problems of --answers.
-    """
-    asked, held, exams = [], [], {}
+    items, held, exams = [], [], {}
     if run.stage == "rlvr":
-        asked, held = answer_questions(run.corpus, tokenizer, run.max_prompt, run.holdout, run.seed)
-        identify(run, fingerprint(str(asked + held).encode()))
+        items, held = answer_questions(run.corpus, tokenizer, run.max_prompt, run.holdout, run.seed)
+        identify(run, fingerprint(str(items + held).encode()))
     elif run.corpus:
         corpus = load_corpus(run.corpus, tokenizer, run.holdout, run.seed, run.max_prompt)
         identify(run, fingerprint(corpus.tokens))
-        entropy = evaluation.corpus_entropy(run, corpus)
-        asked, held = (select_positions(corpus, entropy, held, nats, run.region, run.min_context)
+        if run.stage == "ntp":
+            return sequences(corpus), exams
+        entropy = corpus_entropy(run, corpus)
+        items, held = (select_positions(corpus, entropy, held, nats, run.region, run.min_context)
                        for held, nats in ((False, run.min_entropy), (True, SPLITS["easy"])))
+    prompt_ids(tokenizer, Question((), (), 0, 0), run.template, run.max_prompt)  # or raise
     if is_first():
-        print(f"questions: {len(asked):,} to train on, {len(held):,} held out")
+        print(f"questions: {len(items):,} to train on, {len(held):,} held out")
     chosen = random_indices(len(held), run.seed, 0, 0, min(run.eval_questions, len(held)))
     exams["held-out"] = [held[n] for n in sorted(chosen)], run
     for file in filter(None, run.answers.split(",")):
         problems, _ = answer_questions(file, tokenizer, run.max_prompt)
-        exams[Path(file).stem] = problems[: run.eval_questions], replace(run, template="plain")
-
-    def evaluate(policy: Policy, step: int) -> dict:
-        found = {}
-        for name, (chosen, task) in exams.items():
-            if chosen:
-                records = evaluation.evaluate(policy, chosen, task)
-                log(Path(run.out) / "records.jsonl", step, *records)
-                found[name] = evaluation.summary(records)
-        return found
-
-    return asked, evaluate
+        name = file if Path(file).stem in exams else Path(file).stem
+        exams[name] = problems[: run.eval_questions], replace(run, template="plain")
+    return items, exams
 
 
 def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
@@ -425,22 +388,17 @@ def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
             raise ValueError(f"{run.model}: too few positions ({config.max_position_embeddings}) "
                              "for --max-prompt and --max-response, or too few embeddings "
                              f"({config.vocab_size}) for the tokenizer")
-        if run.stage == "ntp":
-            corpus = load_corpus(run.corpus, tokenizer, run.holdout, run.seed, run.max_prompt)
-            identify(run, fingerprint(corpus.tokens))
-            items, evaluate, one_step = sequences(corpus), lambda *_: {}, next_token_step
-        else:
-            prompt_ids(tokenizer, Question((), (), 0, 0), run.template, run.max_prompt)  # or raise
-            items, evaluate = questions(run, tokenizer)
+        items, exams = prepare(run, tokenizer)
         if run.steps and not len(items):
             raise ValueError("nothing is left to train on; lower --min-entropy, --min-context or "
                              "--holdout, or use --region all")
         policy = Policy(build(run, config, device), tokenizer)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
-    train(run, policy, items, evaluate, one_step, reward or REWARDS[run.reward])
+    one_step = next_token_step if run.stage == "ntp" else one_step
+    train(run, policy, items, exams, one_step, reward or REWARDS[run.reward])
     if is_first():
-        print(evaluation.growth(Path(run.out)))
+        print(growth(Path(run.out)))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -23,8 +23,8 @@ from data import read_json
 PAGE_BYTES = 4_000_000  # of rollouts in a page, about
 CURVES = {"reward": "mean reward", "length": "tokens of a response",
           "entropy": "entropy of the policy, nats", "parsed": "share that can be read",
-          "finished": "share that ended", "all_right": "share of groups that are all right",
-          "all_wrong": "share of groups that are all wrong", "nll": "nats of a trained token",
+          "finished": "share that ended", "informative": "groups with a gradient",
+          "nll": "nats of a trained token",
           "grad_norm": "gradient norm", "logprob_diff": "sampler against trainer, nats"}
 DASHES = ("none", "6 3", "2 3", "8 3 2 3")
 COLOURS = 5

@@ -206,7 +206,7 @@ def test_a_step_is_that_of_plain_forwards_whatever_the_slices(policy, questions,
     assert abs(metrics["nll"] - nll.mean()) <= allowed
     assert metrics["trained_tokens"] == len(nll) and metrics["informative"] == len(informative)
     # The sampler's log-probabilities are off by no more, and neither are the trainer's.
-    assert 0 < metrics["logprob_diff"] <= metrics["logprob_diff_max"] <= 2 * allowed
+    assert 0 < metrics["logprob_diff"] <= 2 * allowed
 
 
 def test_each_of_several_updates_is_plain_autograd_on_the_same_responses(policy, questions):
@@ -225,8 +225,8 @@ def test_each_of_several_updates_is_plain_autograd_on_the_same_responses(policy,
 
 
 @pytest.mark.parametrize("good", [0, 1])  # updates before it
-def test_an_update_that_is_not_finite_changes_nothing_and_is_the_last(policy, questions, good,
-                                                                      monkeypatch):
+def test_an_update_that_is_not_finite_changes_nothing_and_is_said(policy, questions, good,
+                                                                  monkeypatch):
     accumulate, models = rpt.accumulate, []
 
     def spoiled(model, *how):
@@ -239,7 +239,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_the_last(policy, qu
     monkeypatch.setattr(rpt, "accumulate", spoiled)
     groups = sampled(policy, questions[:6])
     metrics, steps = updated(policy.model, groups, replace(METHOD, updates=3), lr=0.1)
-    assert len(models) == good + 1 and len(steps) == good and metrics["skipped"] == 1
+    assert len(steps) == good and metrics["skipped"] == 1 and ("loss" in metrics) == (good == 1)
     assert same(policy.model, models[good]) and same(policy.model, models[0]) == (good == 0)
 
 

@@ -142,7 +142,6 @@ def test_random_configurations_hold_their_bound_and_give_the_same(count, seed, m
     given_up = 0
     for number, (model_type, prompts, arguments) in enumerate(random_configurations(count, seed)):
         monkeypatch.setattr(sampler, "GROWTH", (4, 16, 32)[number % 3])
-        monkeypatch.setattr(sampler, "ROOM", (1 / 8, 1 / 2)[number % 2])
         model, how = tiny(model_type, seed=arguments["seed"]), dict(arguments)
         bounds = {name: how.pop(name) for name in ("max_rows", "cache_tokens")}
         wanted = generate(model, prompts, **how)

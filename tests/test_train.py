@@ -169,7 +169,7 @@ def test_metrics_are_of_everything_that_was_drawn():
                for rewards in ([1.0, 0.0, 0.5, 0.0], [0.0] * 4)]
     assert train.rollout_metrics(records) == pytest.approx({
         "reward": 1.5 / 8, "reasoning": 1.5 / 8, "length": 2.5, "finished": 3 / 4, "parsed": 1 / 2,
-        "all_right": 0, "all_wrong": 1 / 2, "majority vote": 1 / 2, "pass@4": 1 / 2}, rel=1e-15)
+        "majority vote": 1 / 2, "pass@4": 1 / 2}, rel=1e-15)
 
 
 # ---- going on
@@ -343,18 +343,19 @@ def test_three_steps_in_a_row_that_are_not_finite_end_a_run_that_a_lower_rate_ma
 def test_three_steps_in_a_row_without_an_informative_group_are_said_once_with_the_reason(
         command, out, capsys):
     """And a step of one's own need not return groups or say what was informative."""
-    idle = {"informative": 0, "finished": 1.0, "parsed": 1.0, "all_wrong": 0.5, "all_right": 0.5}
-    wrong = {"all_wrong": 1.0, "all_right": 0.0}
-    script = [idle, idle, {"informative": 1}, *[idle | wrong] * 4, {},
-              *[idle | wrong | {"parsed": 0.0}] * 3, {},
-              *[idle | wrong | {"parsed": 0.0, "finished": 0.0}] * 3, {},
-              *[idle | {"all_wrong": 0.0, "all_right": 1.0}] * 3, {}]
+    idle = {"informative": 0, "finished": 1.0, "parsed": 1.0, "reward": 0.5, "length": 1}
+    wrong = idle | {"reward": 0.0}
+    script = [idle, idle, {"informative": 1}, *[wrong] * 4, {},
+              *[wrong | {"parsed": 0.0}] * 3, {},
+              *[wrong | {"parsed": 0.0, "finished": 0.0}] * 3, {},
+              *[idle | {"reward": 1.0}] * 3, {}, *[idle] * 3, {}]
     train.main(command(out, f"--steps {len(script)} --eval-questions 0 --save-every 100"),
                one_step=lambda policy, optimizer, draw, step, *_: ([], dict(script[step])))
     said = [line for line in capsys.readouterr().out.splitlines() if "nothing was learned" in line]
     for line, (step, reason) in zip(said, {
-            5: "every prediction can be read but is wrong", 10: "no response boxes a prediction",
+            5: "every prediction that can be read is wrong", 10: "no response boxes a prediction",
             14: "no response ends within --max-response", 18: "every reward is 1",
+            22: "some groups are all right"
             }.items(), strict=True):
         assert line.startswith(f"step {step}: ") and reason in line
 
