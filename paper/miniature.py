@@ -32,7 +32,6 @@ from eval import SPLITS, summary, table
 from paper.compare import differences
 from paper.flops import spend
 from paper.report import read_rows, svg
-from paper.scaling import fit_power_law, power_law_intervals
 from toy import make
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,32 +177,24 @@ def claims(folders: Sequence[Path]) -> Iterator[str]:
                 yield f"* {exam}, A is {stage}{name}: {line}"
 
 
-def scaling(folders: Sequence[Path]) -> tuple[str, str]:
-    """Fit P(C) = A / C^alpha + P* to the means over seeds at each checkpoint from a tenth of the
-    run on, where the paper's first point is; returns a text and a figure."""
-    evals = [read_rows(folder / "rpt" / "evals.jsonl") for folder in folders]
-    evals = [rows[max(1, len(rows) // 10):] for rows in evals]
+def figure(folders: Sequence[Path]) -> str:
+    """Draw accuracy against training FLOPs: means over seeds of RPT at each checkpoint, and of the
+    controls at each share of RPT's FLOPs."""
+    evals = [read_rows(folder / "rpt" / "evals.jsonl")[1:] for folder in folders]  # from a step on
     steps = [row["step"] - 1 for row in evals[0]]
     compute = np.mean([spend(folder / "rpt").cumsum()[steps] for folder in folders], 0)
-    text, lines, dots = "## Scaling: P(C) = A / C^alpha + P*, C in FLOPs\n\n", {}, {}
+    lines = {}
     for split in SPLITS:
         accuracy = np.mean([[row["held-out"][split]["reasoning"][0] for row in each]
                             for each in evals], 0)
-        A, alpha, limit, r2 = fit_power_law(compute, accuracy)
-        text += f"* {split}, R² {r2:.3f}, A {A:.3g}, alpha {alpha:.3g}, P* {limit:.3g}; intervals"
-        for name, (low, high) in power_law_intervals(compute, accuracy).items():
-            text += f" {name} [{low:.3g}, {high:.3g}]"
-        text += "\n"
-        dots[f"RPT, {split}"] = [*zip(np.log10(compute), 100 * accuracy)]
-        fitted = 100 * (A * compute**-alpha + limit)
-        lines[f"RPT, {split}"] = [*zip(np.log10(compute), fitted)]
+        lines[f"RPT, {split}"] = [*zip(np.log10(compute), 100 * accuracy)]
     for name, title in CONTROLS.items():
         found = [summary(read_records(folders, f"{name}/{share}")) for share in SHARES]
         lines[f"{title}, easy"] = [
             (np.log10(share * compute[-1]), 100 * of["easy"]["reasoning"][0])
             for share, of in zip(SHARES, found)]
-    return text, svg("Next-token reasoning on held-out stories, accuracy in %", lines, dots,
-                     "log10 of training FLOPs")
+    return svg("Next-token reasoning on held-out stories, accuracy in %", lines,
+               "log10 of training FLOPs")
 
 
 def main() -> None:
@@ -220,11 +211,10 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         for names in ORDER:
             list(pool.map(build, *zip(*((folder, name) for name in names for folder in folders))))
-    text, figure = scaling(folders)
     title = f"# The paper in miniature, seeds {', '.join(map(str, args.seeds))}\n\n{WORLD}\n"
-    parts = [title, *tables(folders), *claims(folders), "", text]
+    parts = [title, *tables(folders), *claims(folders), ""]
     (args.out / "results.md").write_text("\n".join(parts))
-    (args.out / "accuracy-against-compute.svg").write_text(figure)
+    (args.out / "accuracy-against-compute.svg").write_text(figure(folders))
 
 
 if __name__ == "__main__":

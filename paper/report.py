@@ -69,14 +69,12 @@ def axis(values: Sequence[float], start: float, end: float) -> tuple[Callable, l
     return lambda value: start + (value - low) / (high - low) * (end - start), marks
 
 
-def svg(title: str, lines: dict[str, Sequence[tuple]], dots: dict[str, Sequence[tuple]] = {},
-        x: str = "step") -> str:
+def svg(title: str, lines: dict[str, Sequence[tuple]], x: str = "step") -> str:
     """Return an SVG of curves by name, each of them points (x, y), with a legend if there are
-    several. dots: points without a line, in the colour of the curve of that name."""
+    several. A curve of one point is a dot."""
     width, top = 480, 36 + 18 * len(lines) * (len(lines) > 1)
     bottom = top + 200
-    points = [point for each in (lines, dots) for curve in each.values() for point in curve]
-    across, down = zip(*points)
+    across, down = zip(*(point for curve in lines.values() for point in curve))
     x_of, x_marks = axis(across, 64, width - 12)
     y_of, y_marks = axis(down, bottom, top)
     parts = [f'<text x="8" y="20">{escape(title)}</text>']
@@ -90,7 +88,7 @@ def svg(title: str, lines: dict[str, Sequence[tuple]], dots: dict[str, Sequence[
         style = f'class="line c{n % COLOURS}" stroke-dasharray="{DASHES[n % len(DASHES)]}"'
         path = " ".join(f"{x_of(a):.1f},{y_of(b):.1f}" for a, b in curve)
         parts.append(f'<polyline {style} points="{path}"/>')
-        for a, b in dots.get(name, curve if len(curve) == 1 else ()):
+        for a, b in curve if len(curve) == 1 else ():
             parts.append(f'<circle class="dot c{n % COLOURS}" cx="{x_of(a):.1f}" '
                          f'cy="{y_of(b):.1f}" r="4"/>')
         if len(lines) > 1:

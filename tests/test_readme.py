@@ -46,7 +46,7 @@ def test_every_command_line_names_what_exists_and_its_options_are_accepted():
         if script == "eval.py":  # whose first argument is a model
             train.parse(["--model=x", "--steps=0", *arguments[1:]])
         elif script == "train.py" or "--corpus" in arguments:
-            train.parse(arguments)
+            train.parse(arguments[2 * script.endswith("worked_start"):])  # not stage and documents
         if script:
             file = script if script.endswith(".py") else script.replace(".", "/") + ".py"
             assert (ROOT / file).is_file() or file == "change.py", script

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from eval import bootstrap_interval
 from helpers import assert_rounds_to
 from paper.compare import differences
 from paper.patterns import PATTERNS, reasoning_patterns
-from paper.scaling import fit_power_law, power_law_intervals
 
 
 def documents(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,56 +55,6 @@ def test_bootstrap_interval_does_not_depend_on_the_order_of_values():
     values, labels = documents(rng, 20)
     order, expected = rng.permutation(len(values)), bootstrap_interval(values, labels)
     assert_rounds_to(bootstrap_interval(values[order], labels[order]), expected, len(values))
-
-
-# ---- the scaling law
-
-
-def test_power_law_is_recovered_from_noiseless_points():
-    compute = np.geomspace(1e9, 1e24, 7)
-    for sign, alpha in itertools.product((-1, 1), (0.03, 0.2, 0.5)):
-        A = sign * 20 * 1e9**alpha  # the curve starts 20 points off its limit
-        # the last grid is 3e-10 fine, and A is at a compute of 1, far away
-        assert fit_power_law(compute, A / compute**alpha + 45) == pytest.approx(
-            (A, alpha, 45, 1), rel=1e-7)
-
-
-def test_power_law_is_the_least_squares_fit():
-    compute = np.array([100, 200, 400, 800, 1000, 1200]) * 1e17
-    accuracy = 45 - 9 * (compute / 1e19) ** -0.6 + np.random.default_rng(4).normal(0, 0.2, 6)
-    A, alpha, P_star, r2 = fit_power_law(compute, accuracy)
-
-    def squares(alpha: float) -> float:
-        design = np.stack([(compute / 1e19) ** -alpha, np.ones(6)], axis=1)
-        return ((accuracy - design @ np.linalg.lstsq(design, accuracy, rcond=None)[0]) ** 2).sum()
-
-    best = min(squares(candidate) for candidate in np.geomspace(0.05, 5, 2000))
-    mine = ((accuracy - A / compute**alpha - P_star) ** 2).sum()
-    # exp(alpha log C), with alpha log C of 26, makes 26 roundings of an accuracy of 45
-    rounding = 2 * 26 * 2**-52 * accuracy.max() * np.sqrt(6 * best)
-    assert mine <= best + rounding
-    assert abs(r2 - (1 - mine / (6 * accuracy.var()))) <= rounding / (6 * accuracy.var()) + 2**-51
-
-
-def test_power_law_intervals_cover_the_true_parameters_at_about_the_stated_rate():
-    rng, compute, covered = np.random.default_rng(5), np.geomspace(1e18, 1e22, 16), Counter()
-    truth = {"A": -12 * 1e18**0.4, "alpha": 0.4, "P_star": 45.0}
-    exact = truth["A"] / compute ** truth["alpha"] + truth["P_star"]
-    for seed in range(60):
-        accuracy = exact + rng.normal(0, 0.3, len(compute))
-        bounds = power_law_intervals(compute, accuracy, resamples=100, seed=seed)
-        covered.update(name for name, (low, high) in bounds.items() if low <= truth[name] <= high)
-    # 0.93 less 4 deviations of 60 draws
-    assert all(48 <= covered[name] < 60 for name in truth), covered
-
-
-@pytest.mark.parametrize("compute, accuracy", [
-    ([1, 2, 3], [1, 2, 3]), ([1, 1, 2, 2], [1, 2, 3, 4]), ([0, 1, 2, 3], [1, 2, 3, 4]),
-    ([1, 2, 3, 4], [1, 2, 3, math.nan]), ([1, 2, 3, 4], [5] * 4)])
-def test_power_law_rejects_points_that_determine_none(compute, accuracy):
-    for function in (fit_power_law, power_law_intervals):
-        with pytest.raises(ValueError, match="A power law needs 4 or more points"):
-            function(compute, accuracy)
 
 
 # ---- patterns and pairs

@@ -1,0 +1,66 @@
+"""Tell how often a model works its calculations, and how often they are right.
+
+    python -m paper.recipes.skill runs/multi/rollouts.jsonl
+
+The file may be a run's rollouts, or the records of an evaluation. To examine a model on random
+calculations, write some by paper.recipes.calculations, and ask:
+
+    python -m paper.recipes.calculations 99 200 > random.jsonl
+    python -m paper.recipes.multi_step eval runs/habit/model --kind results --corpus random.jsonl \
+        --holdout 200 --template toy --max-prompt 384 --max-response 128 --samples 8 --out OUT
+    python -m paper.recipes.skill OUT/records.jsonl
+
+A response is worked if its thought has a step; `share` is of the responses of its kind. `reward`
+and `first` digit are of the prediction, `steps` is the share of steps that are right. To look at
+divisions alone, begin with: grep '/[0-9]*=", "truth"' FILE
+"""
+
+import json
+import re
+import sys
+from collections import defaultdict
+from decimal import Decimal
+
+import numpy as np
+
+from paper.recipes.calculations import APPLY
+from paper.recipes.multi_step import kind_of
+
+STEP = re.compile(r"(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
+
+
+def is_right(a, sign, b, result):
+    """Tell whether a step is right."""
+    a, b, result = map(Decimal, (a, b, result))
+    return result * b == a if sign == "/" else APPLY[sign](a, b) == result
+
+
+def examine(records):
+    """Return rows of reward, right first digit, length, and share of right steps, one of each
+    response; by kind, and by whether the response is worked."""
+    rows = defaultdict(lambda: {"worked": [], "quick": []})
+    end = 1 + max(record["step"] for record in records)
+    for record in records:
+        quarter = 1 + 4 * record["step"] // end
+        groups = rows[f"{kind_of(record['context'].encode())}, quarter {quarter}"]
+        for reward, prediction, length, response in zip(
+                *(record[name] for name in ("rewards", "predictions", "tokens", "responses"))):
+            steps = STEP.findall(response.partition("</think>")[0])
+            right = np.mean([is_right(*step) for step in steps] or np.nan)
+            first = (prediction or "")[:1] == record["truth"][:1]
+            groups["worked" if steps else "quick"].append((reward, first, length, right))
+    return rows
+
+
+def main():
+    rows = examine([json.loads(line) for line in open(sys.argv[1])])
+    print(f"{'':32}\tshare\treward\tfirst\tlength\tsteps")
+    for name, groups in sorted(rows.items()):
+        for how, found in groups.items():
+            if found:
+                share = len(found) / sum(map(len, groups.values()))
+                print(f"{name:24}{how:8}", *np.round([share, *np.mean(found, 0)], 2), sep="\t")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Calculations are worked rightly; rows tell nothing of the corpus; the text before a position
+alone selects it; the chain from ability to evaluation runs."""
+
+import json
+import re
+import sys
+from fractions import Fraction
+from random import Random
+
+import numpy as np
+import pytest
+
+import train
+from data import Tokenizer, hold_out, load_corpus
+from paper.recipes import calculations, multi_step, skill, worked_start
+from paper.recipes.calculations import draw, work
+
+TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
+ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
+       "--max-response 100 --steps 2 --questions 4 --group-size 4")
+STAGES = {"format": 2, "ability": 8, "habit": 50, "mixed": 2}
+
+
+def exact(expression):
+    """Evaluate an expression by Python's own parser, with fractions for its numbers."""
+    return eval(re.sub(r"([\d.]+)", r"Fraction('\1')", expression))
+
+
+def test_every_step_and_every_result_is_right_and_steps_are_small():
+    for n in range(5000):
+        expression, steps, result, _ = draw(Random(n))
+        assert Fraction(result) == exact(expression) > 0
+        for a, sign, b, right in (skill.STEP.fullmatch(step).groups() for step in steps):
+            assert exact(a + sign + b) == Fraction(right) and skill.is_right(a, sign, b, right)
+            places = sorted(len(re.findall("[1-9]", number)) for number in (a, b))
+            assert "/" in expression or places[0] == 1 and (sign != "*" or places[1] < 3)
+
+
+def test_the_examples_of_the_docstring_are_worked_so():
+    right = [", ".join(work(expression)[0]) == steps for expression, steps
+             in re.findall(r"^    (\S+): (.*)", calculations.__doc__, re.M)]
+    assert right == [True] * 3
+
+
+@pytest.mark.parametrize(("kind", "texts"), [
+    ("multi-step", "120-40-24 = <<120-40-24=|<<24*36=|<<24*36=86|<<2+3+4="),
+    ("one-step", "<<24*30=|<<400*250=|<<.05*12=|<<12=|<<24*36=<<2*3="),
+    ("elsewhere", "<<2*3*4=24>>24+12=|24*36=|<<24*36|<<24*36=864>>|")])
+def test_a_calculation_is_multi_step_by_its_numbers(kind, texts):
+    assert {multi_step.kind_of(text.encode()) for text in texts.split("|")} == {kind}
+
+
+@pytest.mark.parametrize("all_digits", [False, True])
+def test_the_text_before_a_position_alone_selects_it(toy, tmp_path, all_digits):
+    text = "So <<24*36=864>>864 and <<2*3=6>>6. <<1+2+3="
+    for end in ("6>>6.", "7<<24*36", ">>"):
+        (tmp_path / "corpus.txt").write_text(text + end)
+        corpus = load_corpus(tmp_path / "corpus.txt", Tokenizer(toy / "base"), 0, 0, 512)
+        found = multi_step.results("multi-step", all_digits, corpus, np.ones(len(corpus.tokens)),
+                                   False, 0.5)
+        before = [len(corpus.tokenizer.bytes_of(question.context)) for question in found]
+        assert before[:5] == [11, 12, 13, 14, 44] if all_digits else before == [11, 44]
+
+
+@pytest.fixture(scope="module")
+def chain(toy, tmp_path_factory):
+    """The stages, a run and its evaluation, with the toy's model."""
+    out, model = tmp_path_factory.mktemp("chain"), toy / "base"
+    for name in ("texts", "corpus"):
+        found = (draw(Random(f"{name} {n}")) for n in range(200))
+        (out / f"{name}.txt").write_text("<|endoftext|>".join(
+            f"{name} <<{c.expression}={c.result}>>" for c in found))
+    corpus = f"--corpus {out}/corpus.txt --holdout 80 --cache {out}"
+    for stage, steps in STAGES.items():
+        worked_start.main(f"{stage} {out}/texts.txt {corpus} --model {model} --out {out}/{stage} "
+                          f"{TRAIN} {steps}".split())
+        model = out / stage / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "select_positions", train.select_positions)
+        patch.setattr(sys, "argv", ["skill", out / "run/rollouts.jsonl"])
+        multi_step.main(f"--model {model} {corpus} {ASK} --out {out}/run".split())
+        skill.main()
+        multi_step.main(f"eval {out}/run --kind results".split())
+    return out
+
+
+def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_texts(chain):
+    corpus = worked_start.read_texts(chain / "corpus.txt")
+    avoid, held = set(re.findall("<<([^=]+)=", "\n".join(corpus))), hold_out(corpus, 80, 0)
+    for stage in STAGES:
+        said = (chain / stage / "rows.jsonl").read_text()
+        assert [text in said for text in corpus] == [stage == "mixed" and not out for out in held]
+        assert avoid.isdisjoint(re.findall(r'(?:"|\\n)([^ :="]+)[:=]', said))
+        worked = re.findall(r'"([^ "]+): [^"]*=(.*?)\\n</think>\\\\boxed{(.*?)}', said)
+        assert len(worked) == {"habit": 320, "mixed": 120}.get(stage, 0)
+        assert all(exact(e) == Fraction(value) == Fraction(boxed) for e, value, boxed in worked)
+        assert (said.count("boxed") == said.count("\n")) == (stage in ("format", "habit"))
+
+
+@pytest.mark.parametrize("words", ["abilty a", "habit a --model m --corpus no/such/file"])
+def test_what_a_user_can_mend_is_one_sentence(words):
+    with pytest.raises(SystemExit, match="not with abilty a|no/such/file: no such file"):
+        worked_start.main(words.split())
+
+
+def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
+    groups, asked = (skill.examine([json.loads(line) for line in open(chain / "run" / file)])
+                     for file in ("rollouts.jsonl", "eval/records.jsonl"))
+    assert set(groups) == {"multi-step, quarter 1", "multi-step, quarter 3"}  # of two steps
+    assert set(asked) == {"multi-step, quarter 1", "one-step, quarter 1"}
+    assert any(group["worked"] for group in groups.values())
+
+
+def test_the_figures_of_responses():
+    record = {"step": 0, "context": "<<24*3=", "truth": "72>>", "rewards": [1.0, 0.0],
+              "predictions": ["72", None], "tokens": [9, 2],
+              "responses": ["20*3=60, 4*3=13, 3/2=1.5, 2/3=.66</think>", "no"]}
+    np.testing.assert_equal(skill.examine([record])["one-step, quarter 1"], {
+        "worked": [(1, True, 9, 2 / 3)], "quick": [(0, False, 2, np.nan)]})
