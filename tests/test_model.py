@@ -262,7 +262,8 @@ def test_bfloat16_files_land_in_float32_weights_exactly(tmp_path):
     folder = rewritten(tmp_path / "m", lambda s: s.update({k: x.bfloat16() for k, x in s.items()}))
     wanted = load_pretrained(BASE).state_dict()
     for name, tensor in load_pretrained(folder).state_dict().items():
-        assert torch.equal(tensor, wanted[name].bfloat16().float()) and tensor.dtype == torch.float32
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, wanted[name].bfloat16().float())
 
 
 def test_a_head_of_its_own_is_used_whatever_config_json_says(tmp_path):
