@@ -44,12 +44,11 @@ def plain_completions(model, prompts, *, samples=1, max_new_tokens, temperature=
             for prompt, key in zip(prompts, keys or itertools.count())]
 
 
-def compare(model, prompts, wanted, keys=None, **arguments) -> list[list[Completion]]:
-    """generate() with these arguments gives, up to rounding, what is wanted; and what it gave."""
+def compare(model, prompts, wanted, keys=None, **arguments) -> None:
+    """generate() with these arguments gives, up to rounding, what is wanted."""
     given = generate(model, prompts, keys=keys, **arguments)
     assert_same_completions(model, prompts, given, wanted, arguments.get("temperature", 1.0),
                             arguments.get("seed", 0), keys)
-    return given
 
 
 # ------------------------------------------------------------------------------ law 2: caches
