@@ -1,23 +1,12 @@
 """The same weights and work in transformers and TRL, for tests/bench.py alone."""
 
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 from model import Transformer, save_pretrained
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what is compared with, as far as it is installed."""
-    found = {}
-    for name in ("transformers", "trl"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def in_transformers(model: Transformer):
@@ -62,10 +51,10 @@ def trl_trainer(model: Transformer, prompts: Sequence[Sequence[int]], samples: i
                        processing_class=tokenizer)
 
 
-def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
-    """Run the trainer and our step in turns; return ("TRL" or "ours", seconds) of each."""
+def trl_steps(trainer, ours: Callable[[], object]) -> dict[str, float]:
+    """Run the trainer and our step in turns; return the median seconds of each but the first."""
     from transformers import TrainerCallback
-    seconds = []
+    seconds = {"ours": [], "TRL": []}
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -74,8 +63,8 @@ def trl_steps(trainer, ours: Callable[[], object]) -> list[tuple[str, float]]:
         def on_step_end(self, *_, **__):
             between = time.perf_counter()
             ours()
-            seconds.append(("TRL", between - self.begin))
-            seconds.append(("ours", time.perf_counter() - between))
+            seconds["TRL"].append(between - self.begin)
+            seconds["ours"].append(time.perf_counter() - between)
     trainer.add_callback(Turns())
     trainer.train()
-    return seconds
+    return {who: statistics.median(times[1:]) for who, times in seconds.items()}

@@ -2,7 +2,6 @@
 intervals: test_statistics.py.)"""
 
 import json
-import math
 import os
 import re
 import shutil

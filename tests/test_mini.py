@@ -23,16 +23,8 @@ from toy import mini
 FLOAT32 = 1e-5
 
 
-def load_tokenizer(folder) -> Tokenizer:
-    return Tokenizer(folder)
-
-
 def make_question(tokenizer, context, truth) -> Question:
     return Question(tuple(context), tuple(map(tokenizer.token_bytes, truth)), 0, len(context))
-
-
-def make_group(number, question, prompt, completions, responses, rewards) -> rpt.Group:
-    return rpt.Group((0, 0, number), question, prompt, completions, responses, rewards)
 
 
 class Recorder(torch.optim.SGD):
@@ -48,7 +40,7 @@ class Recorder(torch.optim.SGD):
 
 @pytest.fixture(scope="module")
 def tokenizer(toy):
-    return load_tokenizer(toy / "base")
+    return Tokenizer(toy / "base")
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +205,7 @@ def step_of_mini(mini_model, rollout, monkeypatch) -> tuple[list[float], list[di
     return losses, recorder.steps
 
 
-def test_mini_has_the_loss_and_gradient_of_rpt_update(
-        tokenizer, model, mini_model, questions, monkeypatch):
+def test_mini_has_the_loss_and_gradient_of_rpt_update(model, mini_model, questions, monkeypatch):
     torch.manual_seed(0)
     asked = questions[:6]
     rewards_QG = torch.randint(2, (len(asked), mini.GROUP)).float()
@@ -226,17 +217,13 @@ def test_mini_has_the_loss_and_gradient_of_rpt_update(
     [loss], [gradients] = step_of_mini(mini_model, rollout, monkeypatch)
 
     groups = []
-    for n, (context, truth) in enumerate(asked):
-        completions = []
-        for row in range(n * mini.GROUP, (n + 1) * mini.GROUP):
-            response = ids[row][is_response[row]].tolist()
-            logprobs = [0.0] * len(response)  # on-policy, the loss does not ask for the sampler's
-            completions.append(Completion(response, logprobs, response[-1] == mini.END))
-        said = [tokenizer.bytes_of(c.ids[:-1] if c.finished else c.ids) for c in completions]
-        groups.append(make_group(n, make_question(tokenizer, context, truth),
-                                 mini.make_prompt(context), completions, said,
-                                 rewards_QG[n].tolist()))
-    assert not groups[0].completions[0].finished
+    for n, (context, _) in enumerate(asked):
+        rows = slice(n * mini.GROUP, (n + 1) * mini.GROUP)
+        responses = [row[mask].tolist() for row, mask in zip(ids[rows], is_response[rows])]
+        # On-policy, the loss does not ask for the sampler's log-probabilities.
+        completions = [Completion(r, [0.0] * len(r), True) for r in responses]
+        groups.append(rpt.Group((0, 0, n), None, mini.make_prompt(context), completions, [],
+                                rewards_QG[n].tolist()))
     assert [group.informative for group in groups] == [True, False, True, True, True, True]
     method = rpt.Method(questions=len(asked), group_size=mini.GROUP, temperature=mini.TEMPERATURE,
                         max_prompt=256, max_response=96, template="toy", micro_tokens=1024,

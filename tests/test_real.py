@@ -1,7 +1,6 @@
 """A real tokenizer with its whole vocabulary and a real corpus, through the same commands. Needs
 RPT_TEST_ASSETS."""
 
-import json
 import os
 import subprocess
 import sys

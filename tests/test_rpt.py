@@ -183,10 +183,11 @@ def test_the_expected_update_is_the_gradient_of_the_expected_reward():
         assert_rounds_to(p.grad, -exact.grad, GRADIENT, scale[name])
 
 
-@pytest.mark.parametrize("micro_tokens, temperature", [
-    (1, 0.8), (60, 0.3), (400, 1.5), (10**6, 0.8)])
-def test_a_step_is_that_of_plain_forwards_whatever_the_slices(policy, questions, micro_tokens,
-                                                              temperature):
+@pytest.mark.parametrize("model_type, micro_tokens, temperature", [
+    ("qwen2", 1, 0.8), ("qwen3", 60, 0.3), ("llama", 400, 1.5), ("qwen2", 10**6, 0.8)])
+def test_a_step_is_that_of_plain_forwards_whatever_the_slices(policy, questions, model_type,
+                                                              micro_tokens, temperature):
+    policy.model = tiny(model_type, vocab_size=len(policy.tokenizer), tie_word_embeddings=True)
     method = replace(METHOD, micro_tokens=micro_tokens, temperature=temperature)
     groups = sampled(policy, questions[:6], method)
     informative = [group for group in groups if group.informative]
@@ -335,6 +336,7 @@ def test_the_policys_probability_is_its_plain_next_token_prediction(policy, leng
 def test_a_whole_step_names_its_devices(policy, questions):
     with ExplicitDevices():
         updated(policy.model, sampled(policy, questions[:6]))
+        policy.next_token(questions[0])
     torch.set_default_device("meta")
     try:
         metrics, _ = updated(policy.model, sampled(policy, questions[:6]))

@@ -7,154 +7,115 @@ otherwise, sums have another order.
 import itertools
 import os
 import random
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sampler
-from helpers import (ExplicitDevices, assert_rounds_to, assert_same_completions, exact_logprobs,
+from helpers import (ExplicitDevices, assert_rounds_to, assert_same_completions, plain_logits,
                      tiny)
-from model import Continuation, Prompts, last_hidden, pad
-from rpt import token_logprobs
 from sampler import Completion, KVCache, generate, sample_tokens, uniforms
 
-CPU = torch.device("cpu")
 SLOW = pytest.mark.skipif("RPT_TEST_SLOW" not in os.environ, reason="RPT_TEST_SLOW is not set")
 EOS = [3, 11, 17, 29, 38]
 LONGEST = list(map(int, np.random.default_rng(0).integers(40, size=14)))
 PROMPTS = [LONGEST, [5, 6], LONGEST[:9] + [1, 2, 3], [7], LONGEST, LONGEST[:8],
            [8, 9, 10, 11, 12, 13, 14], [5, 6, 0, 1]]
-WAYS = {"all at once": 256, "one row": 1, "three rows": 3, "seven rows": 7}
 
 
-def plain_logits(model, text: list[int]) -> torch.Tensor:
-    """Of the token after a text, computed from nothing."""
-    with torch.no_grad():
-        return model.logits(model(torch.tensor([text])))[0, -1]
-
-
+@torch.no_grad()
 def plain_completions(model, prompts, *, samples=1, max_new_tokens, temperature=1.0, eos_ids,
                       seed=0, keys=None) -> list[list[Completion]]:
     """What generate() must give, from its definition."""
     def complete(prompt, key, sample) -> Completion:
         ids, logprobs, numbers = [], [], uniforms(seed, key, sample, max_new_tokens)
         while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_ids):
-            logits = plain_logits(model, prompt + ids) / (temperature or 1)
-            cumulative = logits.double().softmax(-1).cumsum(-1)
-            drawn = int((cumulative > numbers[len(ids)]).nonzero()[0])
-            ids.append(drawn if temperature else int(logits.argmax()))
-            logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
+            logprob = (plain_logits(model, prompt + ids)[-1] / (temperature or 1)).log_softmax(-1)
+            drawn = int((logprob.exp().cumsum(-1) > numbers[len(ids)]).nonzero()[0])
+            ids.append(drawn if temperature else int(logprob.argmax()))
+            logprobs.append(float(logprob[ids[-1]]))
         return Completion(ids, logprobs, ids[-1] in eos_ids)
 
     return [[complete(prompt, key, sample) for sample in range(samples)]
             for prompt, key in zip(prompts, keys or itertools.count())]
 
 
-def compare(model, prompts, wanted, keys=None, **arguments) -> list[list[Completion]]:
-    """generate() with these arguments gives, up to rounding, what is wanted; and what it gave."""
+def compare(model, prompts, wanted, keys=None, **arguments) -> None:
+    """generate() with these arguments gives, up to rounding, what is wanted."""
     given = generate(model, prompts, keys=keys, **arguments)
     assert_same_completions(model, prompts, given, wanted, arguments.get("temperature", 1.0),
                             arguments.get("seed", 0), keys)
-    return given
 
 
 # ------------------------------------------------------------------------------ law 2: caches
 
 
+@pytest.mark.parametrize("temperature", [0, 1.3])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
-def test_greedy_completions_are_those_of_plain_forwards(model_type):
-    model = tiny(model_type, seed=6)
-    how = {"samples": 2, "max_new_tokens": 15, "temperature": 0, "eos_ids": EOS}
-    wanted = plain_completions(model, PROMPTS, **how)
-    first = [group[0] for group in wanted]
-    assert 2 <= sum(c.finished for c in first) < len(first)
-    assert len({len(c.ids) for c in first}) > 2
-    for max_rows in WAYS.values():
-        compare(model, PROMPTS, wanted, max_rows=max_rows, **how)
-
-
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
-def test_sampled_completions_are_those_of_plain_forwards(model_type):
-    model, keys = tiny(model_type), [31, 5, 0, 2**70, -4, 6, 7, 9]
-    how = {"samples": 3, "max_new_tokens": 30, "temperature": 1.3, "eos_ids": EOS[:3], "seed": 8}
+def test_sampled_completions_are_those_of_plain_forwards(model_type, temperature):
+    model, keys = tiny(model_type, seed=6), [31, 5, 0, 2**70, -4, 6, 7, 9]
+    how = {"samples": 2, "max_new_tokens": 30, "temperature": temperature, "eos_ids": EOS[:3],
+           "seed": 8}
     wanted = plain_completions(model, PROMPTS, keys=keys, **how)
     flat = [completion for group in wanted for completion in group]
-    assert 9 < sum(c.finished for c in flat) < len(flat) and len({len(c.ids) for c in flat}) > 9
-    for max_rows in WAYS.values():
+    assert 2 < sum(c.finished for c in flat) < len(flat) and len({len(c.ids) for c in flat}) > 2
+    for max_rows in (256, 1, 3, 7):
         compare(model, PROMPTS, wanted, keys, max_rows=max_rows, **how)
 
 
 # ------------------------------------------------------------------------------ bounds, and an end
 
 
-def random_configurations(n: int, seed: int = 0) -> Iterator[tuple]:
-    """(model_type, prompts, arguments of generate) of many kinds: prompts of 1 to 2,000 tokens."""
+def random_configurations(n: int, seed: int) -> Iterator[tuple[list, dict, dict]]:
+    """Prompts, how to sample, and bounds, of many kinds."""
     chance = random.Random(seed)
     for number in range(n):
-        top = chance.choice([3, 30, 30, 200, 2000])
+        top = chance.choice([3, 100, 400])
         prompts = [[chance.randrange(40) for _ in range(chance.randint(1, top))]
-                   for _ in range(chance.randint(1, 4 if top == 2000 else 12))]
-        if chance.random() < 0.2:  # one long one among short ones
-            prompts[0] = [chance.randrange(40) for _ in range(chance.randint(1000, 2000))]
-        arguments = {
-            "samples": chance.randint(1, 8), "max_new_tokens": chance.choice([1, 5, 40, 80, 80]),
-            "temperature": chance.choice([0, 0.7, 1.0, 1.4]), "seed": number,
-            "eos_ids": chance.sample(range(40), chance.choice([0, 0, 0, 2])),
-            "max_rows": chance.choice([256, 256, 1, chance.randint(1, 64), 64])}
-        response = arguments["samples"] * arguments["max_new_tokens"]
-        whole = len(prompts) * (max(map(len, prompts)) + response)
-        some = int(whole * chance.uniform(0.02, 0.6)) + 1
-        arguments["cache_tokens"] = chance.choice([2**62, 1, some, some, some, some])
-        yield chance.choice(["qwen2", "qwen3", "llama"]), prompts, arguments
+                   for _ in range(chance.randint(1, 12))]
+        how = {"samples": chance.randint(1, 8), "max_new_tokens": chance.choice([1, 40, 60, 80]),
+               "seed": number, "eos_ids": chance.choice([[], EOS[:2]])}
+        whole = len(prompts) * (max(map(len, prompts)) + how["samples"] * how["max_new_tokens"])
+        some = int(whole * chance.uniform(0.02, 0.3)) + 1
+        yield prompts, how, {"max_rows": chance.choice([256, 256, chance.randint(1, 64)]),
+                             "cache_tokens": chance.choice([2**62, 1, some, some, some])}
 
 
-class Watch:
-    """Notes what each wave holds after every step, and counts the prompts that were given up."""
+def watch(monkeypatch, bound: int, given_up: list[int]) -> None:
+    """Check that a wave never holds more columns than the bound, or else one prompt. Notes the
+    number of prompts that each wave gives up."""
+    decode, positions = sampler.decode, KVCache.positions
 
-    def __init__(self, monkeypatch):
-        self.given_up, self.held = 0, []
-        decode, positions = sampler.decode, KVCache.positions
+    def counted(model, prompts, uniform, how):
+        done = decode(model, prompts, uniform, how)
+        assert done, "every wave completes a prompt"
+        given_up.append(len(prompts) - len(done))
+        return done
 
-        def counted(model, prompts, uniform, how):
-            done = decode(model, prompts, uniform, how)
-            assert done, "every wave completes a prompt"
-            self.given_up += len(prompts) - len(done)
-            return done
+    def checked(cache, width):
+        columns = sum(x[0].shape[2] * x[0].shape[3] for x in (cache.prompts, cache.own))
+        assert columns <= bound or len((cache.rows // cache.samples).unique()) == 1
+        return positions(cache, width)
 
-        def noted(cache, width):
-            prompt, own = cache.prompts[0][0], cache.own[0][0]
-            rows = {int(row) // cache.samples for row in cache.rows}
-            columns = prompt.shape[1] * prompt.shape[2] + own.shape[1] * own.shape[2]
-            self.held.append((columns, len(rows)))
-            return positions(cache, width)
-
-        monkeypatch.setattr(sampler, "decode", counted)
-        monkeypatch.setattr(KVCache, "positions", noted)
+    monkeypatch.setattr(sampler, "decode", counted)
+    monkeypatch.setattr(KVCache, "positions", checked)
 
 
-@pytest.mark.parametrize("count, seed", [(20, 2), pytest.param(500, 0, marks=SLOW)])
+@pytest.mark.parametrize("count, seed", [(20, 3), pytest.param(500, 0, marks=SLOW)])
 def test_random_configurations_hold_their_bound_and_give_the_same(count, seed, monkeypatch):
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 4096)
-    given_up = 0
-    for number, (model_type, prompts, arguments) in enumerate(random_configurations(count, seed)):
-        monkeypatch.setattr(sampler, "GROWTH", (4, 16, 32)[number % 3])
-        model, how = tiny(model_type, seed=arguments["seed"]), dict(arguments)
-        bounds = {name: how.pop(name) for name in ("max_rows", "cache_tokens")}
+    given_up, model = [], tiny("qwen3")
+    for prompts, how, bounds in random_configurations(count, seed):
+        monkeypatch.setattr(sampler, "GROWTH", (4, 16, 32)[how["seed"] % 3])
         wanted = generate(model, prompts, **how)
         with monkeypatch.context() as patch:
-            watch = Watch(patch)
-            given = generate(model, prompts, **arguments)
-        assert all(columns <= bounds["cache_tokens"] or groups == 1
-                   for columns, groups in watch.held)
-        twins = [[b if b.ids != a.ids else a for a, b in zip(*groups)]
-                 for groups in zip(given, wanted)]  # their log-probabilities are tested elsewhere
-        assert_same_completions(model, prompts, given, twins, how["temperature"], how["seed"])
-        given_up += watch.given_up
-    assert given_up >= count / 50
+            watch(patch, bounds["cache_tokens"], given_up)
+            compare(model, prompts, wanted, **how, **bounds)
+    assert sum(given_up) >= count / 50
 
 
 class Recorder(TorchDispatchMode):
@@ -172,7 +133,7 @@ class Recorder(TorchDispatchMode):
     def replay(self) -> None:
         for function, args, kwargs, out in self.operations:
             again = function(*args, **kwargs)
-            for old, new in zip(*(x if isinstance(x, (list, tuple)) else [x] for x in (out, again))):
+            for old, new in zip(*map(tree_leaves, (out, again))):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -201,33 +162,6 @@ def test_a_step_reads_and_writes_the_same_tensors_so_that_it_can_be_recorded(mon
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(tiny(), [[1], []], max_new_tokens=1, eos_ids=[])
-
-
-# ------------------------------------------------------------------------------ law 3: trainer
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.8, 1.0, 1.7])
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
-def test_sampler_and_trainer_agree_on_every_log_probability(model_type, temperature):
-    """Both are as near to float64 as the model's own plain forward is."""
-    model, at = tiny(model_type, tie_word_embeddings=model_type == "llama"), range(3)
-    sampled = generate(model, PROMPTS, samples=3, max_new_tokens=12, temperature=temperature,
-                       eos_ids=EOS, max_rows=7)
-    texts = [(prompt, c.ids) for prompt, group in zip(PROMPTS, sampled) for c in group]
-    exact, allowed = exact_logprobs(model, texts, temperature)
-    with torch.no_grad():
-        prefix = Prompts(list(map(len, PROMPTS)), CPU)
-        last = last_hidden(model, PROMPTS, prefix)
-        rows = [row for row in range(len(PROMPTS)) for _ in at]
-        ids = pad([ids for _, ids in texts], CPU)
-        hidden = model(ids, Continuation(prefix, torch.tensor(rows)))
-        hidden = torch.cat((last[rows][:, None], hidden[:, :-1]), dim=1)
-        trained, _ = token_logprobs(model, hidden.flatten(0, 1), ids.flatten(), temperature)
-    ours = [completion.logprobs for group in sampled for completion in group]
-    for (_, ids), mine, theirs, wanted in zip(texts, ours, trained.view(len(ours), -1), exact):
-        wanted = wanted[range(len(ids)), ids]
-        for logprobs in (torch.tensor(mine), theirs[: len(ids)]):
-            assert (logprobs.double() - wanted).abs().max() <= allowed
 
 
 # ------------------------------------------------------------------------------ law 4: reproducible
@@ -271,7 +205,6 @@ def test_another_seed_key_or_sample_is_another_draw():
     assert_same_completions(model, [[1, 2]], [[a]], [[b]], 1.5, 0, [4])
     default = generate(model, [[1, 2], [1, 2]], **how)
     assert default == generate(model, [[1, 2], [1, 2]], keys=[0, 1], **how)
-    assert default[0][0].ids != default[1][0].ids
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_how_many_are_asked():
@@ -279,8 +212,8 @@ def test_uniform_numbers_are_uniform_and_independent_of_how_many_are_asked():
                         for key in range(20) for sample in range(20)])
     assert 0 < numbers.min() < numbers.max() < 1
     assert len(np.unique(numbers)) > 0.999 * numbers.size
-    counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
-    assert chi_square(counts, np.full(100, numbers.size / 100)) < critical(99)
+    counts, even = np.histogram(numbers, bins=100, range=(0, 1))[0], numbers.size / 100
+    assert ((counts - even) ** 2 / even).sum() < 160  # chi-square, once in ten thousand times
     for other in (numbers[1:, 0], numbers[20:, 0], numbers[:, 1]):  # next sample, key, position
         assert abs(np.corrcoef(numbers[:len(other), 0], other)[0, 1]) < 4 / len(other) ** 0.5
     assert np.array_equal(uniforms(1, 2, 3, 7), uniforms(1, 2, 3, 40)[:7])
@@ -295,37 +228,6 @@ def test_uniform_numbers_are_the_same_in_every_release():
 # ------------------------------------------------------------------------------ the distribution
 
 
-def chi_square(counts, expected) -> float:
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def critical(freedom: int) -> float:
-    """What chi-square exceeds once in ten thousand times (Wilson and Hilferty 1931)."""
-    return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
-def test_tokens_are_drawn_with_the_probabilities_of_the_model(temperature):
-    model, draws, V = tiny(vocab_size=8), 20_000, 8
-    first = (plain_logits(model, [1, 2, 3]) / temperature).double().softmax(-1)
-    second = torch.stack([(plain_logits(model, [1, 2, 3, a]) / temperature).double().softmax(-1)
-                          for a in range(V)])
-    joint = (first[:, None] * second).numpy()  # [first token, second token]
-    [group] = generate(model, [[1, 2, 3]], samples=draws, max_new_tokens=2, eos_ids=[], seed=1,
-                       temperature=temperature)
-    counts = np.zeros((V, V))
-    for completion in group:
-        counts[tuple(completion.ids)] += 1
-    pairs = ((counts.sum(1), joint.sum(1) * draws), (counts.ravel(), joint.ravel() * draws))
-    for seen, wanted in pairs:
-        often = wanted > 5  # the rest is one cell, if it is large enough
-        cells = list(zip(seen[often], wanted[often]))
-        if wanted[~often].sum() > 5:
-            cells.append((seen[~often].sum(), wanted[~often].sum()))
-        assert len(cells) > 4 and chi_square(*zip(*cells)) < critical(len(cells) - 1)
-
-
 @pytest.mark.parametrize("V", [1, 5, 300, 150_000])
 @pytest.mark.parametrize("temperature", [0.4, 1.0])
 def test_a_token_inverts_the_cumulative_distribution_exactly(V, temperature):
@@ -335,24 +237,20 @@ def test_a_token_inverts_the_cumulative_distribution_exactly(V, temperature):
     edges = [0.5 / 2**32, 1 - 0.5 / 2**32, 1e-300, 1 - 2**-53]
     uniform[:4] = torch.tensor(edges, dtype=torch.float64)
     logprobs = (logits.double() / temperature).log_softmax(-1)
-    exact, epsilon = logprobs.exp().numpy(), torch.finfo(torch.float32).eps
     rounded = (logits / temperature).log_softmax(-1).exp().double().numpy()
     for row in range(4, 24):  # hard ones: just inside a token's share, beyond float32 sums
         k = int(torch.randint(V, (), generator=generator))
         share = rounded[row, :k].sum() + 0.001 * rounded[row, k]
         uniform[row] = share / rounded[row].sum()
     token, logprob = sample_tokens(logits, uniform, temperature)
-    # The logarithm of a float32 sum over the vocabulary is off by 1 to 5 epsilons of the largest
-    # log-probability, by processor; so is, relatively, each share of the distribution.
-    scale = max(1.0, logprobs.abs().max().item())
     for row in range(n):
         ends = list(itertools.accumulate(map(float, rounded[row]), initial=0.0))
         aim = float(uniform[row]) * ends[-1]
         slack = V * 2**-52 * ends[-1]  # float64 sums in another order
         assert ends[token[row]] - slack <= aim < ends[token[row] + 1] + slack
-        before = exact[row, : token[row]].sum()
-        assert before - 16 * scale * epsilon <= uniform[row]
-        assert uniform[row] <= before + exact[row, token[row]] + 16 * scale * epsilon
+    # The logarithm of a float32 sum over the vocabulary is off by 1 to 5 epsilons of the largest
+    # log-probability, by processor.
+    scale = max(1.0, logprobs.abs().max().item())
     assert_rounds_to(logprob, logprobs.gather(1, token[:, None])[:, 0], 16, scale)
 
 
@@ -378,18 +276,13 @@ def test_the_end_token_is_part_of_the_completion_and_only_it_finishes_one():
     [free] = generate(model, [[4, 5]], eos_ids=[], **how)
     assert all(len(c.ids) == len(c.logprobs) == 10 and not c.finished for c in free)
     first, last = free[0].ids[0], free[0].ids[9]
-    for eos_ids in ([first], [last], EOS, list(range(40)), [first, 1000]):
+    for eos_ids in ([first], [last], EOS, [first, 1000]):
         cut = []
         for c in free:
             length = next((i + 1 for i, id in enumerate(c.ids) if id in eos_ids), 0)
             cut.append(Completion(c.ids[: length or 10], c.logprobs[: length or 10], length > 0))
-        [group] = compare(model, [[4, 5]], [cut], eos_ids=eos_ids, **how)
-        if first in eos_ids:
-            assert group[0].ids == [first] and group[0].finished  # the very first token
-        if eos_ids == [last]:
-            assert group[0].finished  # the very last one, if none before
-    [[one]] = generate(model, [[4, 5]], **how | {"samples": 1, "max_new_tokens": 1}, eos_ids=[])
-    assert one.ids == [first] and not one.finished
+        assert cut[0].finished or eos_ids == EOS
+        compare(model, [[4, 5]], [cut], eos_ids=eos_ids, **how)
 
 
 # ------------------------------------------------------------------------------ law 11: devices
