@@ -240,7 +240,8 @@ def save(out: Path, step: int, state: dict) -> None:
 
 def resume(run: Run, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint and cut the logs to its lengths; returns the next step."""
-    out, state = Path(run.out), state_of(Path(run.out), model, optimizer)
+    out = Path(run.out)
+    state = state_of(out, model, optimizer)
     for moments in optimizer.state.values():
         moments["step"].zero_()  # torch made the moments by a step with learning rate 0
     places = sorted(out.glob("checkpoints/step-*"))
@@ -363,13 +364,13 @@ def prepare(run: Run, tokenizer: Tokenizer) -> tuple[Sequence, dict]:
     exams["held-out"] = [held[n] for n in sorted(chosen)], run
     for file in filter(None, run.answers.split(",")):
         problems, _ = answer_questions(file, tokenizer, run.max_prompt)
-        name = file if Path(file).stem in exams else Path(file).stem
-        exams[name] = problems[: run.eval_questions], replace(run, template="plain")
+        stem = Path(file).stem
+        exams[file if stem in exams else stem] = problems[: run.eval_questions], replace(run, template="plain")
     return items, exams
 
 
 def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
-         one_step: Callable = rpt_step, defaults: dict | None = None) -> None:
+         one_step: Callable | None = None, defaults: dict | None = None) -> None:
     """Run the command line.
 
     A program of your own may bring a reward(responses, question, policy), a step with rpt_step's
@@ -395,7 +396,7 @@ def main(argv: Sequence[str] | None = None, reward: Callable | None = None,
         policy = Policy(build(run, config, device), tokenizer)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
-    one_step = next_token_step if run.stage == "ntp" else one_step
+    one_step = one_step or (next_token_step if run.stage == "ntp" else rpt_step)
     train(run, policy, items, exams, one_step, reward or REWARDS[run.reward])
     if is_first():
         print(growth(Path(run.out)))

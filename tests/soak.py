@@ -2,6 +2,7 @@
 it leaves with a run that nobody disturbed: logs without times, and the exported model.
 
     python tests/soak.py --processes 2 --kills 30   kills a random process; torchrun ends the other
+    python tests/soak.py --memory                   shows the trainer's resident memory in 500 steps
 
 Prints one line a run. The exit status is 1 if any run differs.
 """
@@ -36,6 +37,19 @@ def children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
+def show_memory(folder: Path) -> None:
+    """Print the resident memory of the trainer after each 100 steps."""
+    run, log, seen = start(1, 500, folder), folder / "metrics.jsonl", 0
+    while run.poll() is None:
+        time.sleep(0.1)
+        steps = len(log.read_text().splitlines()) if log.exists() else 0
+        if steps >= seen + 100:
+            seen = steps
+            for pid in children(run.pid):
+                resident = Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]
+                print(f"step {steps}: {int(resident) / 1024:.1f} MiB resident")
+
+
 def survive(out: Path, processes: int, steps: int, chance: random.Random, whole: float) -> int:
     """Start a run until it is done, killing it at random moments; returns the number of kills."""
     kills = 0
@@ -55,8 +69,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("processes", 1), ("kills", 30), ("steps", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            return show_memory(Path(folder))
         chance, begin, kills, different = random.Random(0), time.time(), 0, 0
         undisturbed = Path(folder, "undisturbed")
         start(args.processes, args.steps, undisturbed).wait()

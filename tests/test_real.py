@@ -73,8 +73,9 @@ def test_one_and_two_processes_step_alike_on_omnimath_with_the_r1_vocabulary(fol
     assert ((one - two).abs() > 5e-4).float().mean() < 1e-3
 
 
-def test_transformers_loads_what_is_exported(folder):
-    transformers, exported = pytest.importorskip("transformers"), folder / "one" / "model"
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_transformers_loads_what_is_exported(folder, processes):
+    transformers, exported = pytest.importorskip("transformers"), folder / processes / "model"
     problem, tokenizer = rows(folder / "omni.jsonl")[0]["problem"], Tokenizer(exported)
     ids = tokenizer.chat(problem)
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
