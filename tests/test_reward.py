@@ -134,7 +134,7 @@ SPELLINGS = r"""
 1234567 | 1,234,567 | long thought #### 1,234,567 | #### 5 #### 1234567
 1,2345
 12345
-18 | 18.00 | \$18 | 18^\circ | 18^{\circ} | 18 ^{\circ} | 18\% | 18% | \left(18\right) | \boxed{18} | 18° | {18^\circ}
+18 | 18.00 | \$18 | 18^\circ | 18^{\circ} | 18 ^{\circ} | 18\% | 18% | \left(18\right) | \boxed{18} | 18°
 (1,234) | (1, 234) | \left(1,\,234\right) | \( (1,234) \)
 1234 | 1,234
 (3,4) | (3, 4)
@@ -254,15 +254,10 @@ def test_a_group_gets_one_number_per_response_and_an_unfinished_one_gets_nothing
     assert got == [*rewards, 0, 0]
 
 
-@pytest.mark.parametrize("name, question, wanted", [
-    ("answer", {"truth": [b"x"], "answer": None}, "has no answer; use --stage rlvr"),
-    *((name, {"truth": (), "answer": "1"}, "use --reward answer")
-      for name in ("first-token", "dense", "conditional-dense")),
-])
-def test_a_question_without_what_a_reward_compares_with_is_refused(name, question, wanted):
-    for responses in ([], [b""], [b"x", box(b"x")]):
-        with pytest.raises(ValueError, match=wanted):
-            REWARDS[name](responses, SimpleNamespace(**question), POLICY)
+@pytest.mark.parametrize("name", ["first-token", "dense", "conditional-dense", "answer"])
+def test_a_question_without_what_a_reward_compares_with_is_refused(name):
+    with pytest.raises(ValueError, match="use .*--reward"):
+        REWARDS[name]([], SimpleNamespace(truth=(), answer=None), POLICY)
 
 
 def test_the_example_in_the_module_docstring_is_a_reward():
