@@ -242,7 +242,8 @@ def read_documents(source: str | Path) -> list[Document]:
         if (given + text).strip():
             documents.append(Document(given, text, answer, is_chat, where))
         elif "text" not in row:
-            raise ValueError(f"{where}: it has no text, problem, question or prompt")
+            raise ValueError(f"{where}: it has no text, problem or question, and no prompt with a "
+                             "response")
     if not documents:
         raise ValueError(f"{source}: no documents; a corpus is a .jsonl or .txt file, or a folder "
                          "of them")

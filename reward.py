@@ -61,7 +61,7 @@ def box(prediction: bytes) -> bytes:
 
 # ----------------------------------------------------------------------------------------- answers
 
-# Spellings that do not change a value: what to look for and what replaces it, in this order.
+# Spellings that do not change a value: patterns and their replacements, applied in this order.
 _SPELLINGS = (
     (r"(?s)^.*####", ""),
     ("\u2212", "-"),
@@ -79,7 +79,8 @@ _SPELLINGS = (
     (r"(\\sqrt|\^) *(\\frac( *\w| *\{[^{}]*\}){2})", r"\1{\2}"),
     (r"\\frac *(?:(\w)|\{( *-?[\w. ]*)\}) *(?:(\w)|\{ *(-?[\d.]+|\w(?:_\w)?) *\})", r" \1\2/\3\4"),
     (r"(\\[A-Za-z]+|[\^_\]}]) +\{", r"\1{"),
-    # From the inside out: a brace that holds an argument together becomes ⟨, others are dropped.
+    # From the inside out, braces around an argument become ⟨⟩ and others are dropped; then ⟨⟩
+    # around a single symbol are dropped too, because 2^{n} is 2^n but 2^{n-1} is not 2^n-1.
     *5 * [(r"(?<![\w^_\]}⟩])\{([^{}]*)\}", r"\1"), (r"(?<=[\w^_\]}⟩])\{([^{}]*)\}", r"⟨\1⟩")],
     (r"⟨ *(-?(\w|[\d.]+|\\[A-Za-z]+)) *⟩", r"\1 "),
     # A space between digits stays, because 1 1/2 is not 11/2.
