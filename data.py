@@ -12,7 +12,6 @@ positions, so 10^8 tokens are plenty; sample a larger corpus first.
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -63,18 +62,19 @@ class Tokenizer:
             raise ValueError(f"{directory}: no tokenizer.json of a byte-level BPE, the only kind "
                              "that is supported")
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | plain))
+        plain = spec | {"post_processor": None, "truncation": None, "padding": None}
+        self._chat, self._bpe = (tokenizers.Tokenizer.from_str(json.dumps(part)) for part in (
+            plain, plain | {"added_tokens": []}))
         contents = {id: b"".join(BYTE_OF.get(char, char.encode()) for char in token)
                     for token, id in self._bpe.get_vocab().items()}
         contents |= {id: token.encode() for token, id in self.special.items()}
-        self._bytes = [contents.get(id, b"") for id in range(1 + max(contents))]
+        self.contents = [contents.get(id, b"") for id in range(1 + max(contents))]
         self.ids_of = defaultdict(list)  # a few tokens are spelled by several ids
         for id, content in contents.items():
             self.ids_of[content].append(id)
 
-        bos, eos = (self.config.get(key) for key in ("bos_token", "eos_token"))
-        bos, eos = (token["content"] if isinstance(token, dict) else token for token in (bos, eos))
+        bos, eos = (token["content"] if isinstance(token, dict) else token
+                    for token in map(self.config.get, ("bos_token", "eos_token")))
         wants_bos = self.config.get("add_bos_token", f"'{bos}'" in str(spec["post_processor"]))
         self.bos = [self.special[bos]] if bos and wants_bos else []
         # Fine-tuning often leaves a base model's end token in one of the files, so take all.
@@ -84,7 +84,11 @@ class Tokenizer:
         self.eos_ids = list(dict.fromkeys(end for end in ends if end is not None))
         if not self.eos_ids:
             raise ValueError(f"{directory}: none of its files names an end token")
-        self._read_template(bos, eos, today)
+        try:
+            self._read_template(bos, eos, today)
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"{directory}: the chat template in chat_template.jinja or "
+                             f"tokenizer_config.json cannot be used ({error})") from None
 
     def _read_template(self, bos: str, eos: str, today: str) -> None:
         """Render the chat template around a user's prompt and behind an assistant's message."""
@@ -92,16 +96,17 @@ class Tokenizer:
         beside = self.directory / "chat_template.jinja"
         template = (beside.read_text() if beside.exists() else self.config.get("chat_template")
                     or "{{ bos_token }}" * len(self.bos) + PLAIN_CHAT)
+        if isinstance(template, list):  # as transformers wrote several templates once
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
         template = re.sub(r"strftime_now\((['\"])(.*?)\1\)",
                           lambda call: repr(day.strftime(call[2])), template)
 
         def render(*messages: str, add_generation_prompt: bool) -> str:
             # Marks of what the assistant generates print nothing; transformers knows them too.
-            source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1\2if 1\3", template)
-            source = source.replace("endif 1", "endif")
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                        extensions=["jinja2.ext.loopcontrols"])
-            return environment.from_string(source).render(
+            source = re.sub(r"({%-?\s*)(?:end)?generation(\s*-?%})", r"\1set _ = 1\2", template)
+            return ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            ).from_string(source).render(
                 messages=[{"role": role, "content": text}
                           for role, text in zip(("user", "assistant"), messages)],
                 add_generation_prompt=add_generation_prompt, bos_token=bos or "", eos_token=eos,
@@ -119,14 +124,13 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files, with the end tokens and the chat template that are used."""
         shutil.copy(self.directory / "tokenizer.json", directory)
-        for name, content in {"generation_config": self.generation | {"eos_token_id": self.eos_ids},
-                              "tokenizer_config": self.config | {"chat_template": self.template},
-                              }.items():
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            (Path(directory) / f"{name}.json").write_text(text, "utf-8")
+        for name, content in {
+                "generation_config": self.generation | {"eos_token_id": self.eos_ids},
+                "tokenizer_config": self.config | {"chat_template": self.template}}.items():
+            (Path(directory) / f"{name}.json").write_text(json.dumps(content, indent=1))
 
     def __len__(self) -> int:
-        return len(self._bytes)
+        return len(self.contents)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens whatever it spells."""
@@ -134,23 +138,19 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are meant."""
-        ids = []
-        longest_first = sorted(self.special, key=len, reverse=True)
-        for piece in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            ids += [self.special[piece]] if piece in self.special else self.encode(piece)
-        return ids
+        return self._chat.encode(text).ids
 
-    def chat(self, prompt: str, context: Sequence[int] = ()) -> list[int]:
+    def chat(self, prompt: str, context: Sequence[int] | None = None) -> list[int]:
         """Return the ids of a user's prompt in the model's chat format, up to where the assistant
-        begins. A context replaces {context} as ids, because a document's tokens may end inside a
-        character."""
-        before, _, after = prompt.partition("{context}")
-        return (self.encode_chat(self._before + before) + [*context]
+        begins. A context, if given, replaces {context} as ids, because a document's tokens may end
+        inside a character."""
+        before, _, after = (prompt, "", "") if context is None else prompt.partition("{context}")
+        return (self.encode_chat(self._before + before) + list(context or ())
                 + self.encode_chat(after + self._after))
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token, none for an id that only pads the model's vocabulary."""
-        return self._bytes[id] if id < len(self._bytes) else b""
+        return self.contents[id] if id < len(self) else b""
 
     def bytes_of(self, ids: Sequence[int]) -> bytes:
         """Return the bytes of a run of tokens."""
@@ -181,20 +181,19 @@ class Document:
 
 
 def field_of(row: dict, *names: str) -> str:
-    """Return the first of the fields that is present as text, "" if none is. NaN, which pandas
-    writes for a missing value, is absent; a list is joined."""
+    """Return the first of the fields that is present as text, "" if none is. A list is joined."""
     for name in names:
         value = row.get(name)
         if isinstance(value, list):
             value = "\n\n".join(map(str, value))
-        if type(value) in (str, int) or type(value) is float and math.isfinite(value):
-            if value != "":
-                return unicodedata.normalize("NFC", str(value))
+        if type(value) in (str, int, float) and value != "":
+            return unicodedata.normalize("NFC", str(value))
     return ""
 
 
 def read_files(source: str | Path) -> Iterator[tuple[dict, str]]:
-    """Yield the rows of a corpus, each with its file and line.
+    """Yield the rows of a corpus, each with its file and line. NaN, which pandas writes for a
+    missing value, becomes None.
 
     source: a .jsonl or .txt file, a folder of them, or a dataset of the hub that has some. In a
     .txt, <|endoftext|> stands between documents.
@@ -212,15 +211,18 @@ def read_files(source: str | Path) -> Iterator[tuple[dict, str]]:
         files = [file for file in sorted(path.rglob("*")) if not any(
             part.lower().startswith(NOT_TEXT) for part in file.relative_to(path).parts)]
     for file in files:
-        if file.suffix == ".txt":
-            for n, text in enumerate(file.read_text("utf-8-sig").split("<|endoftext|>"), 1):
-                yield {"text": text}, f"{file}, document {n}"
-        elif file.suffix == ".jsonl":
-            for n, line in enumerate(open(file, encoding="utf-8-sig"), 1):
-                try:
-                    yield dict(json.loads(line)), f"{file}, line {n}"
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{file}, line {n}: not a JSON object ({error})") from None
+        where = file
+        try:
+            if file.suffix == ".txt":
+                for n, text in enumerate(file.read_text("utf-8-sig").split("<|endoftext|>"), 1):
+                    yield {"text": text}, f"{file}, document {n}"
+            elif file.suffix == ".jsonl":
+                for n, line in enumerate(open(file, "rb"), 1):
+                    where = f"{file}, line {n}"
+                    if line.strip():
+                        yield dict(json.loads(line, parse_constant=lambda _: None)), where
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: not UTF-8, or not a JSON object ({error})") from None
 
 
 def read_documents(source: str | Path) -> list[Document]:
@@ -240,7 +242,8 @@ def read_documents(source: str | Path) -> list[Document]:
         if (given + text).strip():
             documents.append(Document(given, text, answer, is_chat, where))
         elif "text" not in row:
-            raise ValueError(f"{where}: it has no text, problem, question or prompt")
+            raise ValueError(f"{where}: it has no text, problem or question, and no prompt with a "
+                             "response")
     if not documents:
         raise ValueError(f"{source}: no documents; a corpus is a .jsonl or .txt file, or a folder "
                          "of them")
@@ -285,14 +288,19 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer, holdout: int, seed: in
     """
     documents, pieces = read_documents(source), []
     held = hold_out([document.given + document.text for document in documents], holdout, seed)
+    sizes = np.array([*map(len, tokenizer.contents)])
     for document, out in zip(documents, held):
-        encode = tokenizer.encode_chat if document.is_chat else tokenizer.encode
-        first = (tokenizer.chat if document.is_chat else encode)(document.given)
-        ids = np.array(first + encode(document.text), dtype=np.uint32)
+        if document.is_chat:  # a response is sampled after the ids of its prompt
+            prompt = tokenizer.chat(document.given)
+            first, ids = len(prompt), prompt + tokenizer.encode_chat(document.text)
+        else:  # a token that spans the border is of the text
+            ids = tokenizer.encode(document.given + document.text)
+            first = np.sum(np.cumsum(sizes[ids]) <= len(document.given.encode()))
+        ids = np.array(ids, np.uint32)
         if document.is_chat and len(ids) > max_tokens:
             raise ValueError(f"{document.where}: prompt and response have {len(ids)} tokens; raise "
                              f"--max-prompt {max_tokens} or leave the row out")
-        pieces += [(ids[begin: begin + max_tokens], max(len(first) - begin, 0), document.is_chat,
+        pieces += [(ids[begin: begin + max_tokens], max(first - begin, 0), document.is_chat,
                     out, begin + max_tokens >= len(ids))
                    for begin in range(0, len(ids), max_tokens)]
     texts, *columns = zip(*pieces)
@@ -346,9 +354,8 @@ def select_positions(corpus: Corpus, entropy: np.ndarray, held: bool, min_entrop
     """
     lengths = np.diff(corpus.starts)
     position = np.arange(len(entropy)) - np.repeat(corpus.starts[:-1], lengths)
-    contents = map(corpus.tokenizer.token_bytes, range(len(corpus.tokenizer)))
     can_box = np.array([token != b"" and extract_prediction(box(token)) == token
-                        for token in contents])
+                        for token in corpus.tokenizer.contents])
     keep = (entropy > min_entropy) & can_box[corpus.tokens] & (position >= min_context)
     keep &= np.repeat(corpus.held == held, lengths)
     if region == "solution":
@@ -434,7 +441,7 @@ def prompt_ids(tokenizer: Tokenizer, question: Question, template: str,
                max_prompt: int) -> list[int]:
     """Return a question's prompt in the chat format; a context that is too long loses its
     beginning, never its end."""
-    room = max_prompt - len(tokenizer.chat(TEMPLATES[template]))
+    room = max_prompt - len(tokenizer.chat(TEMPLATES[template], []))
     if room < 1:
         raise ValueError(f"--max-prompt {max_prompt} leaves no room for a context in template "
                          f"{template}")

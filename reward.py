@@ -61,11 +61,35 @@ def box(prediction: bytes) -> bytes:
 
 # ----------------------------------------------------------------------------------------- answers
 
-# Markup without a value; but two backslashes end a row of a matrix.
-_MARKUP = re.compile(r"(?<!\\)\\(?:left|right|(?:text|math)[a-z]*|mbox)(?![A-Za-z])"
-                     r"|(?<!\\)\\[!,;:()\[\]]|\^\{?\\circ\}?|\\?[$%]")
-_FRACTION = re.compile(r"\\[dtc]?frac *(\w|\{-?[\w. ]*\}) *(\w|\{-?[\w. ]*\})")
-_THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,)\]}])")  # (1,234) is a pair
+# Spellings that do not change a value: patterns and their replacements, applied in this order.
+_SPELLINGS = (
+    (r"(?s)^.*####", ""),
+    ("\u2212", "-"),
+    (r"\{,\}", ","),
+    (r"(?<![\\^_])\\((text|math)[a-z]*|mbox) *\{([^{}]*)\}", r"\3"),
+    # Markup without a value; but two backslashes end a row of a matrix.
+    (r"(?<!\\)\\(left|right|(text|math)[a-z]*|mbox)(?![A-Za-z])|(?<!\\)\\[!,;:()\[\]]", ""),
+    (r"\^(\\circ|\{\\circ\})|°|\\?[$%]", ""),
+    (r"(?<!\\)\\ |~|\s", " "),
+    # Thousands; but (1,234) is a pair.
+    (r"(?<![\d.,(\[{])\d{1,3}(,\d{3})+(?![\d,)\]}])", lambda number: number[0].replace(",", "")),
+    (r"\\[dtc](?=frac|binom)", r"\\"),
+    (r"(?<=\\binom)(\d)", r"{\1}"),
+    (r"\}(?=\d)", "} "),
+    (r"(\\sqrt|\^) *(\\frac( *\w| *\{[^{}]*\}){2})", r"\1{\2}"),
+    (r"\\frac *(?:(\w)|\{( *-?[\w. ]*)\}) *(?:(\w)|\{ *(-?[\d.]+|\w(?:_\w)?) *\})", r" \1\2/\3\4"),
+    (r"(\\[A-Za-z]+|[\^_\]}]) +\{", r"\1{"),
+    # From the inside out, braces around an argument become ⟨⟩ and others are dropped; then ⟨⟩
+    # around a single symbol are dropped too, because 2^{n} is 2^n but 2^{n-1} is not 2^n-1.
+    *5 * [(r"(?<![\w^_\]}⟩])\{([^{}]*)\}", r"\1"), (r"(?<=[\w^_\]}⟩])\{([^{}]*)\}", r"⟨\1⟩")],
+    (r"⟨ *(-?(\w|[\d.]+|\\[A-Za-z]+)) *⟩", r"\1 "),
+    # A space between digits stays, because 1 1/2 is not 11/2.
+    (" +", " "),
+    (r"(?<!\d) | (?!\d)", ""),
+    (r"\.$", ""),
+    (r"^\(([^(),]*)\)$", r"\1"),
+    (r"^(\d+)/-", r"-\1/"),
+)
 
 
 def value(text: str) -> Fraction | str:
@@ -76,13 +100,9 @@ def value(text: str) -> Fraction | str:
     """
     boxed = extract_prediction(END_OF_THINKING + text.encode(errors="replace"))
     text = text if boxed is None else boxed.decode(errors="replace")
-    text = unicodedata.normalize("NFC", text).rsplit("####", 1)[-1].replace("\u2212", "-")
-    text = re.sub(r"(?<!\\)\\ |~", " ", _MARKUP.sub("", text.replace("{,}", ",")))
-    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    text = re.sub("[{}]", "", _FRACTION.sub(r" \1/\2", text))
-    # A space between digits stays, because 1 1/2 is not 11/2.
-    text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split())).rstrip(".")
-    text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)
+    text = unicodedata.normalize("NFC", text)
+    for pattern, replacement in _SPELLINGS:
+        text = re.sub(pattern, replacement, text)
     try:  # nobody writes 1e999999999, and its digits would take forever
         return Fraction(text) if len(text) < 50 and "e" not in text.lower() else text
     except (ValueError, ZeroDivisionError):
@@ -114,16 +134,18 @@ def first_token(responses: Sequence[bytes], question, policy) -> list[float]:
     The tokenizer sees the prediction alone. If it cuts it at other places than the document, the
     first token is a different one.
     """
-    return [float(policy.tokenizer.tokens(p or b"")[:1] == list(question.truth[:1]))
+    if not question.truth:
+        raise ValueError("a problem with an answer has no next token; use --reward answer")
+    return [float(policy.tokenizer.tokens(p or b"")[:1] == [question.truth[0]])
             for p in predictions_of(responses)]
 
 
 def dense(responses: Sequence[bytes], question, policy) -> list[float]:
     """Appendix A, scheme 2: a wrong first token earns its probability P(token | context)."""
+    right = first_token(responses, question, policy)
     firsts = [policy.tokenizer.tokens(p or b"")[:1] for p in predictions_of(responses)]
     probability = policy.next_token(question)
-    return [1.0 if first == list(question.truth[:1]) else sum(map(probability, first))
-            for first in firsts]
+    return [one or sum(map(probability, first)) for one, first in zip(right, firsts)]
 
 
 def conditional_dense(responses: Sequence[bytes], question, policy) -> list[float]:
@@ -135,6 +157,8 @@ def conditional_dense(responses: Sequence[bytes], question, policy) -> list[floa
 
 def answer(responses: Sequence[bytes], question, policy) -> list[float]:
     """RL with verifiable rewards (section 2)."""
+    if question.answer is None:
+        raise ValueError("a position of a text has no answer; use --stage rlvr or another --reward")
     return [answer_match(p, question.answer) for p in predictions_of(responses)]
 
 

@@ -30,21 +30,22 @@ TEXTS = [
 ]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIAL = ("</s> <s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
            "<|start_header_id|>assistant <｜User｜> <｜Assistant｜> <think> </think> 日本").split()
 
 
 @functools.cache
-def byte_level(seed: int = 0) -> tokenizers.Tokenizer:
+def byte_level(seed: int = 0, split: str = SPLIT) -> tokenizers.Tokenizer:
     """Qwen style, NFC; tokens of several bytes, some of which cut a character."""
     rng, bpe = random.Random(seed), tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     texts = [text[rng.randrange(9):] for text in rng.choices(TEXTS, k=4)]
-    bpe.train_from_iterator(texts + ["日本 語文 字🚀🤗é"] * 3, trainers.BpeTrainer(
+    bpe.train_from_iterator(texts + ["日本 語文 字🚀🤗é", "\n\n1", "\n\n"] * 3, trainers.BpeTrainer(
         vocab_size=rng.randint(300, 420), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIAL])
@@ -171,7 +172,7 @@ FAMILIES = {  # template, the text around the prompt, what ends a message
     "marked": (MARKED, "<|im_start|>user\n", TURN + "<think>\n", "<|im_end|>"),
     "none": ("", "", "\n<think>\n", "</s>"),
 }
-PROMPTS = ["What is 1 + 1?", "中国語 🚀\nx", "a {braces} and \\boxed{ =}", "two\n\nlines"]
+PROMPTS = ["What is 1 + 1?", "中国語 🚀\nx", "a {context} and \\boxed{ =}", "{context}\n\nlines"]
 each = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -194,6 +195,19 @@ def test_the_chat_format_is_the_published_one(name, beside, tmp_path):
         assert tokenizer.token_bytes(tokenizer.end) == end.encode()
 
 
+def test_of_a_list_of_templates_the_default_is_used(tmp_path):
+    listed = [{"name": "tools", "template": R1}, {"name": "default", "template": QWEN3}]
+    tokenizer = read(tmp_path, listed)
+    for one in (tokenizer, Tokenizer(save(tokenizer))):
+        assert one.chat("x") == byte_level().encode(f"<|im_start|>user\nx{TURN}").ids
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "no prompt", "{{ messages[0].content + 1 }}"])
+def test_a_template_that_cannot_be_rendered_is_one_sentence_with_its_file(template, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: .* in chat_template.jinja or .* be used"):
+        read(tmp_path, template)
+
+
 @each
 def test_an_export_prompts_in_transformers_as_it_was_trained(name, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -212,7 +226,7 @@ def test_a_context_is_inserted_as_its_own_ids(name, tmp_path):
     tokenizer, rng = family(name, tmp_path), random.Random(name)
     template = "Text:\n{context} and then"
     cut = tokenizer.chat(template, [10**6]).index(10**6)
-    before, after = (tokenizer.chat(template)[part] for part in (slice(cut), slice(cut, None)))
+    before, after = (tokenizer.chat(template, [])[part] for part in (slice(cut), slice(cut, None)))
     assert tokenizer.bytes_of(before).endswith(b"Text:\n")
     assert tokenizer.bytes_of(after).startswith(b" and then")
     for size in range(20):  # of any tokens, special ones too, and some that cut a character
@@ -236,7 +250,7 @@ def test_template_v0_is_the_papers():
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_context_that_is_too_long_loses_its_beginning(template, tmp_path):
     tokenizer = family("R1", tmp_path)
-    frame = len(tokenizer.chat(TEMPLATES[template]))
+    frame = len(tokenizer.chat(TEMPLATES[template], []))
     for room, size in itertools.product((1, 7, 50), (0, 1, 6, 7, 8, 300)):
         context = tuple(range(size))
         prompt = prompt_ids(tokenizer, Question(context, (), 0, size), template, frame + room)

@@ -124,17 +124,17 @@ def test_prefix_match_agrees_with_the_set_of_boundaries_over_random_byte_vocabul
 
 SPELLINGS = r"""
 1/2 | \frac{1}{2} | \dfrac{1}{2} | \tfrac12 | $\frac 12$ | 2/4 | 0.5 | .5 | 0.50. | \frac{ 1 }{2}
--1/2 | -\frac{1}{2} | \frac{-1}{2} | -0.5 | −0.5
+-1/2 | -\frac{1}{2} | \frac{-1}{2} | -0.5 | −0.5 | 1/-2 | \frac{1}{-2} | \frac{ 1 }{ -2 }
 1/72 | \frac1{72} | \frac{1}72 | \cfrac{1}{72}
-2 1/2 | 2\frac12 | 2\frac{1}{2} | 2\,\frac12
+2 1/2 | 2\frac12 | 2\frac{1}{2} | 2\,\frac12 | 2 \frac12 | 2\ \frac12 | 2  1/2 | {2 \frac{1}{2}}
 21/2 | 10.5
-1 2 | 1\ 2 | 1~2
-12 | 12. | +12 | 1{2} | \text{12} | {12}
-1000 | 1,000 | 1{,}000 | 1\,000 | 1\!000 | $1,000.00$ | \$1,000
+1 2 | 1\ 2 | 1~2 | 1  2
+12 | 12. | +12 | 1{2} | \text{12} | {12} | {{12}}
+1000 | 1,000 | 1{,}000 | 1\,000 | 1\!000 | $1,000.00$ | \$1,000 | \text{1,000} | \textbf{1,000.}
 1234567 | 1,234,567 | long thought #### 1,234,567 | #### 5 #### 1234567
 1,2345
 12345
-18 | 18.00 | \$18 | 18^\circ | 18^{\circ} | 18 ^{\circ} | 18\% | 18% | \left(18\right) | \boxed{18}
+18 | 18.00 | \$18 | 18^\circ | 18 ^{\circ} | 18\% | 18% | \left(18\right) | \boxed{18} | 18°
 (1,234) | (1, 234) | \left(1,\,234\right) | \( (1,234) \)
 1234 | 1,234
 (3,4) | (3, 4)
@@ -144,15 +144,40 @@ I | (I) | \text{(I)} | \textbf{I} | I. | \text{I.} | \mathbf{I} | \mathrm{(I)} |
 B | (B) | \mathbf{B}
 Paris | \text{Paris} | Paris. | \mathrm{Paris} | \mbox{Paris}
 paris
-x^2 + 1 | x^2+1 | $x^2 +~1$ | x^2\;+\ 1 | x^{2}+1
+x^2 + 1 | x^2+1 | $x^2 +~1$ | x^2\;+\ 1 | x^{2}+1 | x^{ 2 } + 1 | x^{{2}}+1
 5 cm | 5 \text{ cm} | 5\,\text{cm} | 5cm | 5 \mathrm{~cm}
-\sqrt2 | \sqrt{2} | \sqrt 2 | {\sqrt{2}} | \sqrt{ 2 }
+\sqrt2 | \sqrt{2} | \sqrt 2 | {\sqrt{2}} | \sqrt{ 2 } | \sqrt {2}
 \leftarrow
 arrow
 1999 | \boxed{1999} | $\boxed{1999}$ | The number is \(\boxed{1999}\).
 n^2-n-1 | $\boxed{n^2-n-1}$
-\frac{\pi}{4} | \[ \boxed{\frac{\pi}{4}} \]
-\frac{\sqrt{3}}{2} | \frac{\sqrt3}2 | \frac{\sqrt{3}}2
+\frac{\pi}{4} | \[ \boxed{\frac{\pi}{4}} \] | \dfrac{\pi}{4} | \tfrac\pi4 | \dfrac {\pi} {4}
+\frac{\sqrt{3}}{2} | \frac{\sqrt3}2 | \frac{\sqrt{3}}2 | \dfrac{\sqrt3}{2} | {\tfrac{\sqrt 3}{2}}
+\frac{n+1}{2} | \tfrac{n+1}{2} | \cfrac{ n + 1 }2 | {\dfrac {n+1} {2}}
+{\frac{n!(n-1)!}{2^{n-1}}} | \dfrac{n!(n-1)!}{2^{n-1}}
+\frac{1+2}{3}
+\frac{1}{+23}
+\frac{1}{2n} | \dfrac 1{2n}
+\frac{1}{2}n | 1/2n
+\binom{12}{3}
+\binom{1}{23} | \dbinom1{23}
+\binom{5}{2} | \binom52 | \binom5{2} | \tbinom{5}2
+2^{n-1} | 2^{n - 1} | 2^ {n-1}
+2^n-1 | 2^{n}-1 | {2^n} - 1
+2^{10} | 2^10
+2^{-1} | 2^-1
+2^{1/2} | 2^\frac12 | 2^{\frac{1}{2}} | 2^{\dfrac12}
+2^1/2 | 2^{1}/2
+\sqrt{2+1} | \sqrt {2 + 1}
+\sqrt{2}+1 | \sqrt2+1
+\sqrt{\frac{1}{2}} | \sqrt\frac12 | \sqrt{1/2} | \sqrt{\dfrac 1 2}
+\sqrt[3]{4/3} | \sqrt [3]{\frac {4}{3}}
+p^{2q}
+p^{2}q | p^2q | p^2 q
+\log_2 3 | \log_{2}3 | \log_{2} 3
+\log_{23} | \log_{ 23 }
+x \text{ or } y | x\text{ or }y | x or y
+80^\circ+x | {80^\circ+x} | \text{80$^{\circ}$}+x
 1 \\ 2 | 1\\2 | 1\\ 2
 1 \2 | 1\2
 a\\(b) | a \\ (b) | a\\ \left(b\right)
@@ -227,6 +252,12 @@ def test_a_group_gets_one_number_per_response_and_an_unfinished_one_gets_nothing
     responses = [b"hm" + box(prediction.encode()) for prediction in predictions.split("|")]
     got = REWARDS[name]([*responses, b"", b"\\boxed{ par}"], QUESTION, POLICY)
     assert got == [*rewards, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["first-token", "dense", "conditional-dense", "answer"])
+def test_a_question_without_what_a_reward_compares_with_is_refused(name):
+    with pytest.raises(ValueError, match="use .*--reward"):
+        REWARDS[name]([], SimpleNamespace(truth=(), answer=None), POLICY)
 
 
 def test_the_example_in_the_module_docstring_is_a_reward():
