@@ -188,8 +188,8 @@ def log(file: Path, step: int, *rows: dict) -> None:
                 for row in rows:
                     out.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
         except OSError as error:
-            sys.exit(f"{file} cannot be written ({error}); the same command goes on from the last "
-                     "checkpoint")
+            sys.exit(f"train.py: error: {file} cannot be written ({error}); the same command goes "
+                     "on from the last checkpoint")
 
 
 def to_text(content: bytes | None) -> str | None:

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -98,12 +97,14 @@ def parse(argv: Sequence[str] | None = None, defaults: dict | None = None) -> Ru
     recipe = named.recipe or ("small" if named.model or named.corpus else "toy")
     program = Path(sys.argv[0]).stem
     out = f"runs/{recipe if program == 'train' else program}"
-    values = {"out": out} | RECIPES[recipe] | STAGES.get(named.stage, {}) | given
-    parser.set_defaults(**values | {"recipe": recipe})
+    parser.set_defaults(**{"recipe": recipe, "out": out} | RECIPES[recipe]
+                        | STAGES.get(named.stage, {}) | given)
     run = Run(**vars(parser.parse_args(argv)))
     run = replace(run, proxy=run.proxy or run.model)
     if not run.model or not run.corpus and (run.steps or run.stage != "rpt"):
         parser.error("--model and --corpus are needed, each a path or a hub id")
+    if (run.reward == "answer") != (run.stage == "rlvr"):
+        parser.error("--reward answer is for --stage rlvr, and the others are for --stage rpt")
     if run.steps and not run.temperature:
         parser.error("--temperature 0 is for evaluations: greedy responses are all equal")
     return run
@@ -165,18 +166,18 @@ def claim(run: Run) -> tuple[IO, Run]:
 
     Raise ValueError if another run writes there, or if the processes do not see the same folder.
     """
-    out, problem = Path(run.out), ""
+    out, file, problem = Path(run.out), Path(run.out, "lock"), ""
     out.mkdir(parents=True, exist_ok=True)
     mark, today = all_gather((os.urandom(8).hex(), date.today().isoformat()))[0]
-    lock = open(out / "lock", "a")
+    lock = open(file, "a")
     if is_first():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (out / "lock").write_text(mark)
+            file.write_text(mark)
         except OSError as error:
             problem = f"--out {out}: cannot lock this folder; is another run using it? ({error})"
     problem = all_gather(problem)[0]
-    if not problem and {mark} != set(all_gather((out / "lock").read_text())):
+    if not problem and {mark} != set(all_gather(file.read_text())):
         problem = f"--out {out}: the processes see different folders; choose one that all share"
     if problem:
         raise ValueError(problem)
@@ -211,7 +212,7 @@ def replacing(place: Path) -> Iterator[Path]:
     all_gather(None)
     try:
         yield aside
-    except (Exception, CheckpointException) as error:  # a full disk has many names
+    except BaseException as error:  # a full disk has many names; torch's is no Exception
         shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).splitlines()[-1]  # torch's exception begins with a traceback
         sys.exit(f"train.py: error: {place} cannot be written ({reason})")
@@ -268,8 +269,8 @@ def show(bar: tqdm, step: int, records: Sequence[dict], metrics: dict) -> None:
     for r in records[:1] if step in (0, bar.total - 1) and is_first() else ():
         bar.write(f"step {step}, a rollout:\n  ...{r['context']!r}\n  response "
                   f"{r['responses'][0]!r}\n  truth {r['truth']!r}, reward {r['rewards'][0]}")
-    names = ("reward", "parsed", "length", "nll", "grad_norm")
-    bar.set_postfix({n: f"{metrics[n]:.4g}" for n in names if n in metrics}, refresh=False)
+    bar.set_postfix({name: f"{metrics[name]:.4g}" for name in (
+        "reward", "parsed", "length", "nll", "grad_norm") if name in metrics})
 
 
 def watch(bar: tqdm, step: int, metrics: dict, in_a_row: Counter) -> None:
@@ -362,10 +363,10 @@ def prepare(run: Run, tokenizer: Tokenizer) -> tuple[Sequence, dict]:
         print(f"questions: {len(items):,} to train on, {len(held):,} held out")
     chosen = random_indices(len(held), run.seed, 0, 0, min(run.eval_questions, len(held)))
     exams["held-out"] = [held[n] for n in sorted(chosen)], run
-    for file in filter(None, run.answers.split(",")):
+    for file in map(Path, filter(None, run.answers.split(","))):
         problems, _ = answer_questions(file, tokenizer, run.max_prompt)
-        stem = Path(file).stem
-        exams[file if stem in exams else stem] = problems[: run.eval_questions], replace(run, template="plain")
+        name = str(file) if file.stem in exams else file.stem
+        exams[name] = problems[: run.eval_questions], replace(run, template="plain")
     return items, exams
 
 

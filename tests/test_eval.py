@@ -297,6 +297,14 @@ def test_any_model_is_measured_on_a_corpus(a_run, toy, command):
     assert command(toy / "base", options + " --holdout 0")[1] == []
 
 
+def test_files_of_one_name_are_two_exams(toy, tmp_path, command):
+    (tmp_path / "held-out.jsonl").write_bytes((toy / "answers.jsonl").read_bytes())
+    files = [toy / "answers.jsonl", tmp_path / "held-out.jsonl"]
+    said, records = command(toy / "base", f"--answers {files[0]},{files[1]} {SMALL}")
+    assert [r["exam"] for r in records] == ["answers"] * 20 + [f"{files[1]}"] * 20
+    assert "answers in %" in said and f"{files[1]} in %" in said
+
+
 def test_answers_need_no_corpus(toy, command):
     said, records = command(toy / "base", f"--answers {toy}/answers.jsonl --samples 4 {SMALL}")
     assert "answers in %" in said and "all (20)" in said

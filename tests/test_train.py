@@ -310,6 +310,13 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_complete(command, whole, fin
     assert checkpoints(finished) == [3, 4] and results(finished)[1] != results(whole)[1]
 
 
+def test_a_full_disk_is_named_by_the_log_that_meets_it(command, out, monkeypatch):
+    monkeypatch.setattr("eval.open", lambda file, mode: open(
+        "/dev/full" if mode == "a" else file, mode), raising=False)
+    said = refusal(command(out))
+    assert f"{out}/records.jsonl cannot be written" in said and "No space left" in said
+
+
 def test_a_folder_that_cannot_be_locked_is_named(command, out, monkeypatch):
     out.mkdir()
     with open(out / "lock", "w") as holder:
@@ -464,7 +471,7 @@ def test_every_option_is_documented():
 @pytest.mark.parametrize("argument", (
     "--lr=nan --lr=inf --lr=0 --grad-clip=0 --questions=0 --questions=1.5 --group-size=1 --seed=-1 "
     "--temperature=-1 --steps=-1 --samples=0 --clip-low=-.1 --max-response=0 --steps=many "
-    "--template=v9 --device=gpu --no-such-option=1 --model=m --temperature=0").split())
+    "--template=v9 --device=gpu --no-such-option=1 --model=m --temperature=0 --reward=answer").split())
 def test_an_argument_out_of_its_range_is_a_usage_error(capsys, argument):
     with pytest.raises(SystemExit) as stop:
         train.parse([argument])
