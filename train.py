@@ -333,7 +333,7 @@ def train(run: Run, policy: Policy, items: Sequence, exams: dict, one_step: Call
             save(out, done, state_of(out, policy.model, optimizer))
             if stopping:
                 sys.exit(128 + stopping)
-    if begin < run.steps or run.steps and not (out / "model").exists():
+    if begin < run.steps:
         with replacing(out / "model") as aside:
             save_pretrained(policy.model, aside, policy.tokenizer)
         save(out, run.steps, state_of(out, policy.model, optimizer))  # which says that all is done

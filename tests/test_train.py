@@ -426,7 +426,7 @@ def test_one_next_token_step_is_the_mean_over_all_trained_tokens():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _, metrics = train.next_token_step(
         Policy(model, None), torch.optim.SGD(model.parameters(), lr=1.0), lambda *_: sequences, 0,
-        Method(grad_clip=1e9, micro_tokens=40))
+        Method(grad_clip=1e9, micro_tokens=40, updates=2))
     trained = 8 + 10 + 4 + 9
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     model.load_state_dict(before)
