@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = ("qwen2", "qwen3", "llama")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group

@@ -18,8 +18,8 @@ This is GRPO, with these choices:
 4. A group with equal rewards has no gradient and is not computed, but its tokens count in the mean.
    A step without any informative group makes no optimizer step, because AdamW's momentum and weight
    decay would move the weights.
-5. A response that hits the length limit is passed to the reward as b"" and earns nothing. It is
-   trained like any other (no overlong filtering).
+5. A response that hits the length limit is passed to the reward as b"", because it would have gone
+   on. It is trained like any other (no overlong filtering), so running on becomes less likely.
 
 Letters in shapes: Q questions, G responses to each, B rows, L tokens of the longest row, N tokens,
 V vocabulary.
@@ -44,7 +44,7 @@ from sampler import Completion, generate
 STD_EPSILON = 1e-6  # added to a group's standard deviation
 MAX_REFILLS = 4  # how often dynamic sampling draws again in one step
 LOG_RATIO_LIMIT = 20.0  # the log ratio is clamped to this, so that exp cannot overflow
-PADDING = 1 / 32  # largest share of a slice of responses that may be padding
+PADDING = 1 / 32  # share of a slice's budget that may be padding
 HEAD_CHUNK = 1024  # tokens whose logits exist at a time
 
 
@@ -58,7 +58,8 @@ def option(default, doc: str, **how):
 
 @dataclass(frozen=True)
 class Method:
-    """What defines an RPT step. The defaults are the paper's (section 3.3, appendix B)."""
+    """What defines an RPT step, and the memory that it may take. The defaults are the paper's
+    (section 3.3, appendix B), but `--recipe paper` also sets grad_clip and dynamic_from."""
 
     questions: int = option(256, "questions per step")
     group_size: int = option(8, "responses per question, G", least=2)

@@ -4,11 +4,11 @@ RPT samples G completions of every prompt. A prompt is computed once, and its ke
 stored once: each step multiplies the queries of a whole group with them in one matrix product.
 
 Rows are decoded in waves. All rows of a wave start together, so they always have the same age.
-Rows that have ended leave the wave. If the wave's keys and values outgrow `cache_tokens`, the later
-half of its rows is given up and decoded again in a later wave. They draw the same tokens again,
-because each (seed, key, sample, position) has one uniform number, which inverts the cumulative
-distribution. So a completion does not depend, up to rounding, on its neighbours, on the number of
-processes or on a restart.
+Every GROWTH tokens, rows that have ended leave the wave. If its keys and values would outgrow
+`cache_tokens`, the later half of its prompts is given up and decoded again in a later, smaller
+wave. They draw the same tokens again, because each (seed, key, sample, position) has one uniform
+number, which inverts the cumulative distribution. So a completion does not depend, up to rounding,
+on its neighbours, on the number of processes or on a restart.
 
 Not supported: top-k and top-p. The policy loss would then correct a distribution that was not the
 sampled one.
@@ -39,7 +39,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. The bounds hold for everything but a single prompt with its samples."""
+    """How to sample. Only a wave of a single prompt with its samples may exceed the bounds."""
 
     max_new_tokens: int
     eos_ids: Sequence[int]

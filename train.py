@@ -9,8 +9,8 @@
 
 The same command again continues from the last checkpoint. SIGTERM and Ctrl-C finish the step and
 write one; torchrun kills 30 s after SIGTERM, so set --save-every where a step takes longer. Master
-weights, gradients and reductions are float32; the computation is in --dtype. A program of your own
-may call `main` with a reward or a step: see paper/recipes.
+weights, their gradients and all reductions are float32; the computation is in --dtype. A program of
+your own may call `main` with a reward or a step: see paper/recipes.
 """
 
 import atexit
@@ -70,7 +70,7 @@ class Run(Task):
     save_every: int = option(20, "steps between checkpoints")
     checkpoint_activations: bool = option(False, "keep only the inputs of blocks; compute the "
                                                  "rest again in the backward pass")
-    tokens: str = option("", "hash that the corpus must have; run.json remembers it")
+    tokens: str = option("", "hash of the corpus and of what is held out; run.json remembers it")
 
 
 RECIPES = {
@@ -185,11 +185,12 @@ def claim(run: Run) -> tuple[IO, Run]:
 
 
 def identify(run: Run, tokens: str) -> None:
-    """Write run.json. `tokens` is the hash of what the run reads. Raise ValueError if the folder
-    holds checkpoints of another run."""
+    """Write run.json. `tokens` is the hash of what the run reads and holds out. Raise ValueError if
+    the folder holds checkpoints of another run."""
     out = Path(run.out)
     if run.tokens not in ("", tokens):
-        raise ValueError(f"{run.corpus}: not the text of this run; --tokens= accepts another one")
+        raise ValueError(f"{run.corpus}: not the text of this run, or --seed or --holdout differ "
+                         "and hold out other documents; --tokens= accepts that")
     options = asdict(run) | {"tokens": tokens}
     before = read_json(out / "run.json") if list(out.glob("checkpoints/step-*")) else {}
     changed = [f"{name} {before[name]!r}, now {options.get(name)!r}"
@@ -349,11 +350,11 @@ def prepare(run: Run, tokenizer: Tokenizer) -> tuple[Sequence, dict]:
     items, held, exams = [], [], {}
     if run.stage == "rlvr":
         items, held = answer_questions(run.corpus, tokenizer, run.max_prompt, run.holdout, run.seed)
-        identify(run, fingerprint(str(items + held).encode()))
+        identify(run, fingerprint(str((items, held)).encode()))
     elif run.corpus:
         corpus = load_corpus(run.corpus, tokenizer, run.holdout, run.seed, run.max_prompt)
-        identify(run, fingerprint(corpus.tokens))
-        if run.stage == "ntp":
+        identify(run, fingerprint(corpus.tokens, corpus.held))
+        if run.stage == "ntp" and run.steps:
             return sequences(corpus), exams
         entropy = corpus_entropy(run, corpus)
         items, held = (select_positions(corpus, entropy, held, nats, run.region, run.min_context)

@@ -283,10 +283,19 @@ def test_a_run_is_measured_on_its_own_held_out_documents_wherever_it_is_moved(a_
     assert all(corpus.held[record["document"]] for record in records)
     Path("disk/a").rename("moved")
     assert command("moved", "--samples 2") == (said, records)
+    for other in ("--seed 1", "--holdout 30"):  # which hold out documents that were trained on
+        with pytest.raises(SystemExit, match="hold out other documents"):
+            command("moved", other)
     with open("corpus.jsonl", "a") as file:
         file.write('{"text": "One line more."}\n')
     with pytest.raises(SystemExit, match="corpus.jsonl: not the text"):
         command("moved", "")
+
+
+def test_a_run_of_next_token_prediction_is_asked_the_same(toy, tmp_path, command):
+    train.main(f"--recipe toy --stage ntp --steps 1 --questions 2 --out {tmp_path}/ntp".split())
+    said, records = command(tmp_path / "ntp", f"{SMALL} --answers= --region all")
+    assert "step 0, standard" in said and len(records) == 20
 
 
 def test_any_model_is_measured_on_a_corpus(a_run, toy, command):

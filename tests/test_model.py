@@ -107,7 +107,7 @@ def test_bfloat16_logits_are_those_of_transformers(name, tmp_path):
     assert torch.equal(logits, wanted.float())  # the same products, in the same order
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_loads_what_is_saved(name, dtype, tmp_path):
     transformers = pytest.importorskip("transformers")
