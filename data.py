@@ -5,8 +5,8 @@ r"""From text to questions: tokenizer, chat format, corpora, the filter of posit
         v positions that a filter keeps
     Question(context ids, truth: bytes of each following token) --template, chat--> prompt ids
 
-Text is bytes from here to the reward, because a token may end inside a character. No model is known
-here. A corpus is held in memory, four bytes a token. RPT asks about some hundred thousand
+Text is bytes from here to the reward, because a token may end inside a character. Nothing here
+needs a model. A corpus is held in memory, four bytes a token. RPT asks about some hundred thousand
 positions, so 10^8 tokens are plenty; sample a larger corpus first.
 """
 
@@ -49,8 +49,8 @@ def read_json(file: Path) -> dict:
 class Tokenizer:
     """A byte-level BPE tokenizer.json with the exact bytes of every token, and its chat template.
 
-    Text is encoded as text: a corpus that spells `<think>` does not get the special token. `today`
-    (an ISO date) is what a template that shows the date will show, now and in what is saved.
+    Text is encoded as text: a corpus that spells `<think>` does not get the special token. A chat
+    template that shows the date shows `today` (an ISO date), also after it is saved.
     """
 
     def __init__(self, directory: str | Path, today: str = ""):
@@ -397,8 +397,8 @@ def sequences(corpus: Corpus) -> list[tuple[list[int], int]]:
 
 
 def random_indices(total: int, seed: int, step: int, retry: int, count: int) -> list[int]:
-    """Draw `count` numbers below `total` as a function of (seed, step, retry) alone. They repeat
-    only if there are fewer than `count`."""
+    """Draw `count` numbers below `total` as a function of (seed, step, retry) alone. Within
+    one draw they repeat only if there are fewer than `count`."""
     philox = np.random.Philox(key=[seed % 2**63, 1], counter=[0, step, retry, 0])
     return np.random.Generator(philox).choice(total, count, replace=count > total).tolist()
 

@@ -55,7 +55,7 @@ def prefix_match(prediction: bytes | None, truth: Sequence[bytes]) -> float:
 
 
 def box(prediction: bytes) -> bytes:
-    """Return a response that predicts these bytes, if any response can: a lone brace cannot be."""
+    """Return a response that predicts these bytes, if any can: none can predict a lone brace."""
     return END_OF_THINKING + b"\\boxed{" + prediction + b"}"
 
 
@@ -131,8 +131,8 @@ def prefix(responses: Sequence[bytes], question, policy) -> list[float]:
 def first_token(responses: Sequence[bytes], question, policy) -> list[float]:
     """Appendix A, scheme 1: 1.0 iff the prediction's first token is right; the rest is ignored.
 
-    The tokenizer sees the prediction alone. If it cuts it at other places than the document, the
-    first token is a different one.
+    The tokenizer sees the prediction alone. If it splits it otherwise than it split the document,
+    the first token is a different one.
     """
     if not question.truth:
         raise ValueError("a problem with an answer has no next token; use --reward answer")

@@ -206,7 +206,7 @@ def sample_groups(policy: Policy, draw: Callable, step: int, method: Method, rew
 
 def rollout(policy: Policy, questions: dict[tuple[int, int, int], Question], method: Method,
             reward: Callable, seed: int) -> list[Group]:
-    """Sample and reward G responses to each numbered question. Processes do not wait here.
+    """Sample and reward G responses to each numbered question. It calls no collective.
 
     Together with the seed, a question's number determines all of its randomness.
     """

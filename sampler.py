@@ -10,8 +10,8 @@ wave. They draw the same tokens again, because each (seed, key, sample, position
 number, which inverts the cumulative distribution. So a completion does not depend, up to rounding,
 on its neighbours, on the number of processes or on a restart.
 
-Not supported: top-k and top-p. The policy loss would then correct a distribution that was not the
-sampled one.
+Not supported: top-k and top-p. The policy loss would then train another distribution than the one
+that was sampled.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ class KVCache:
 
     By layer [2, kv_heads, prompts or rows, columns, d]. Row r of the wave continues prompt
     r // samples. Between two calls of `keep`, a forward pass reads and writes the same tensors and
-    asks the device nothing, so it can be recorded (see `record`). The plain form is the `cache` of
+    asks the device nothing, so it can be recorded (see `capture`). The plain form is the `cache` of
     toy/mini.py's `rollout`, in which every row holds its whole prompt.
     """
 
@@ -177,6 +177,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
         groups = decode(model, [prompts[n] for n in wave], torch.from_numpy(uniform), how)
         done |= {wave[n]: group for n, group in groups.items()}
         waiting = [n for n in waiting if n not in done]
+        # After a wave that gave prompts up, try as many as it completed; after others, twice as many.
         width = min(most, 2 * width) if len(groups) == len(wave) else len(groups)
     return [done[n] for n in range(len(prompts))]
 
@@ -217,7 +218,7 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
                 owner = cache.rows[going] // how.samples
                 going = going[owner < max(int(owner[0]) + 1, int(owner[len(owner) // 2]))]
             cache.keep(going)
-            step = record(advance, uniform.device)
+            step = capture(advance, uniform.device)
         step()
     complete = length > 0
     complete[cache.rows] = True  # not finished, but as long as they may be
@@ -227,7 +228,7 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
     return {n: rows[n * how.samples: (n + 1) * how.samples] for n in np.flatnonzero(whole).tolist()}
 
 
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Return a step that runs as one recorded graph where the device has them.
 
     The kernels of a small model end sooner than Python can start them. ROCm has the device name

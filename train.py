@@ -47,7 +47,7 @@ from model import (DTYPES, ModelConfig, Transformer, all_gather, is_first, load_
 from reward import REWARDS
 from rpt import Policy, next_token_step, option, rpt_step
 
-PATIENCE = 3  # steps in a row: not finite, they end a run; without an informative group, a warning
+PATIENCE = 3  # non-finite steps in a row end a run; so many without a gradient print a warning
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evals.jsonl", "records.jsonl")
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -120,8 +120,8 @@ def start(run: Run) -> torch.device:
     if device.type != "cpu":
         torch.accelerator.set_device_index(local)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    # Gloo's threads let go of tensors after a collective has returned, for which torch 2.14 needs a
-    # living interpreter: let them finish before it ends.
+    # After a collective has returned, Gloo's threads still release its tensors. With torch 2.14 they
+    # abort the process if the interpreter has ended by then, so wait a moment at exit.
     atexit.register(time.sleep, 0.2)
     if world > 1:
         dist.init_process_group(backend)

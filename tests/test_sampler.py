@@ -145,7 +145,7 @@ def test_a_step_reads_and_writes_the_same_tensors_so_that_it_can_be_recorded(mon
     how = {"samples": 4, "max_new_tokens": 80, "eos_ids": [3], "temperature": 1.2, "seed": 4}
     wanted = generate(model, PROMPTS, **how)
 
-    def record(step, device):
+    def capture(step, device):
         recorder, first = Recorder(), itertools.count()
         recorded.append(recorder)
 
@@ -156,7 +156,7 @@ def test_a_step_reads_and_writes_the_same_tensors_so_that_it_can_be_recorded(mon
                 step()
         return run
 
-    monkeypatch.setattr(sampler, "record", record)
+    monkeypatch.setattr(sampler, "capture", capture)
     assert generate(model, PROMPTS, **how) == wanted
     assert len(recorded) > 2 and len({len(c.ids) for group in wanted for c in group}) > 5
 
