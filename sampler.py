@@ -177,7 +177,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
         groups = decode(model, [prompts[n] for n in wave], torch.from_numpy(uniform), how)
         done |= {wave[n]: group for n, group in groups.items()}
         waiting = [n for n in waiting if n not in done]
-        # After a wave that gave prompts up, try as many as it completed; after others, twice as many.
+        # After a wave that gave prompts up, try as many as it completed; else twice as many.
         width = min(most, 2 * width) if len(groups) == len(wave) else len(groups)
     return [done[n] for n in range(len(prompts))]
 
