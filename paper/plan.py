@@ -29,9 +29,9 @@ USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, or betwee
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("processes", 8), ("memory", 80), ("prompt-tokens", 600),
-                          ("response-tokens", 900)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("--processes", 8), ("--memory", 80), ("--prompt-tokens", 600),
+                          ("--response-tokens", 900)):
+        parser.add_argument(name, type=int, default=default)
     machine, rest = parser.parse_known_args(argv)
     run = train.parse([*rest, "--corpus", "-"])
     file = Path(run.model) / "config.json"
