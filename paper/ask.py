@@ -2,8 +2,8 @@
 
     python -m paper.ask MODEL_OR_RUN "The ball is now under" [--samples 8] [train.py's options]
 
-Of a run the options are those of the run. It prints each thought with what it boxes, the votes, and
-the most probable next tokens without a thought.
+The options of a run are the defaults. It prints each thought with the box that follows, the votes,
+and the most probable next tokens without a thought.
 """
 
 import sys
@@ -21,7 +21,7 @@ from rpt import Policy, rollout
 
 
 def load(name: str, options: Sequence[str], **defaults) -> tuple[train.Run, Policy]:
-    """Return how to ask a model, and the model: a run's, or that of a directory or hub id."""
+    """Load the model of a run, directory or hub id. Return the options to ask it with, and it."""
     known = read_json(Path(name) / "run.json")
     model = Path(name) / "model" if known else name
     run = train.parse([f"--model={model}", "--steps=0", *options], defaults=known | defaults)
@@ -31,7 +31,7 @@ def load(name: str, options: Sequence[str], **defaults) -> tuple[train.Run, Poli
 
 
 def ask(policy: Policy, text: str, run: train.Run) -> str:
-    """Return what the model says about how a text goes on."""
+    """Return lines that show how the model continues a text."""
     question = Question(tuple(policy.tokenizer.encode(text)), (), 0, 0)
     (group,) = rollout(policy, {(0, 0, 0): question}, replace(run, group_size=run.samples), prefix,
                        run.seed)

@@ -20,7 +20,7 @@ PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "rea
 
 
 def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
-    """Return a line for each pair of measures and split. Raise ValueError for other questions."""
+    """Return a line for each pair of measures and split. Raise ValueError if questions differ."""
     places = [[(row["document"], row["position"]) for row in rows] for rows in (first, second)]
     if places[0] != places[1] or not places[0]:
         raise ValueError("no records, or of other questions: evaluate both models with the same "

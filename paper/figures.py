@@ -2,7 +2,7 @@
 
     group.svg       the eight responses of toy/step.md, token by token, coloured by advantage
     prompts.svg     what rpt.accumulate keeps alive: the prompts, their leaves, the slices
-    entropies.svg   the document of toy/step.md, the entropy before each token, what is asked
+    entropies.svg   the document of toy/step.md, the entropy before each token, the question
 """
 
 from pathlib import Path
@@ -79,7 +79,7 @@ def write(name, content):
 
 
 def draw(tokenizer, tokens):
-    """Return boxed tokens from left to right, given each one's id, class and height of a bar."""
+    """Return tokens in boxes from left to right, given the id, class and bar height of each."""
     x, out = 100, ""
     for id, kind, height in tokens:
         text = tokenizer.token_bytes(id).decode().translate({10: "⏎", 32: "·"})

@@ -2,9 +2,9 @@
 
     python -m paper.flops RUN [RUN ...]
 
-A forward pass takes two for each weight of a matrix and token, and four for each channel of the
-queries and token that is attended to. Sampling is a forward pass in which a prompt is computed once
-for its group. Training takes three of them for each update of a group that was trained on. Not
+For each token, a forward pass takes two operations per weight of a matrix, and four per channel of
+the queries and token that is attended to. Sampling is a forward pass in which a prompt is computed
+once for its group. Training takes three such passes for each update of an informative group. Not
 counted: evaluations, recomputed activations, and what a recipe adds. Stage ntp logs no texts, so
 they are drawn again from the corpus.
 """

@@ -4,15 +4,16 @@
     python -m paper.miniature --quick          seed 0 alone
 
 It only runs the commands that a reader would run, two at a time: toy.make, train.py, the recipes
-and eval.py. Each seed has a folder, where log.txt lists them. A real model and corpus go through
-the same ones. What is finished is not done again.
+and eval.py. Each seed has a folder whose log.txt lists them. Finished parts are not run again. A
+real model and corpus go through the same commands.
 
-Every model sits the same exams: the next tokens of held-out stories, and what no run but RLVR was
-trained on, problems with answers and multiple choice. Intervals are 95 % bootstrap intervals over
-the documents of all seeds, and differences are paired by question; they say nothing about other
+Every model sits the same exams: the next tokens of held-out stories, problems with answers, and
+multiple choice. No run trains on any of these texts. Intervals are 95 % bootstrap intervals over
+the documents of all seeds, and differences are paired by question. They say nothing about other
 worlds.
-It writes results.md and a figure; paper/results has those of three seeds. The course of RPT:
-`python -m paper.report runs/miniature/[0-2]/rpt`.
+
+It writes results.md and a figure; paper/results has those of three seeds. To draw the course of
+RPT: `python -m paper.report runs/miniature/[0-2]/rpt`.
 """
 
 import argparse
@@ -59,7 +60,7 @@ RUNS |= {  # for RPT's FLOPs: the same stories, or fresh rows of the base's own 
     "ntp": NTP, "sft": f"{NTP} --corpus @/world/lessons.jsonl --holdout 0"}
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of those FLOPs, after which the controls are examined
 ORDER = (("base",), ("rpt", "rlvr-base", *VARIANTS), ("ntp", "sft", "rlvr-rpt"),
-         ("rlvr-ntp", "rlvr-sft"))  # each needs what precedes
+         ("rlvr-ntp", "rlvr-sft"))  # each needs those before it
 EXAMS = {"next-token": f"{STORIES} --samples 8",
          "answers": "--answers @/world/held.jsonl --samples 4",
          "choices": "--answers @/world/choices.jsonl --samples 2"}
@@ -75,7 +76,7 @@ WORLD = ("A shell game told in text, see toy/make.py. The base has learned from 
 
 
 def command(folder: Path, line: str) -> str:
-    """Run a module's command for a seed; returns what it prints. Raise RuntimeError if it fails."""
+    """Run a module's command for a seed. Return what it prints. Raise RuntimeError if it fails."""
     words = [word.replace("@", str(folder)) for word in f"{line} --seed {folder.name}".split()]
     with open(folder / "log.txt", "a") as log:
         print("python -m", *words, file=log)
@@ -142,7 +143,7 @@ def match_compute(folder: Path, name: str) -> None:
 
 
 def read_records(folders: Sequence[Path], name: str) -> list[dict]:
-    """Return the records of an exam of all seeds, whose documents are different ones."""
+    """Return the records of an exam of all seeds, each document named after its seed."""
     return [row | {"document": f"{folder.name} {row['document']}"} for folder in folders
             for row in read_rows(folder / name / "records.jsonl")]
 

@@ -2,8 +2,8 @@
 
     python -m paper.perplexity MODEL_OR_RUN [train.py's options]
 
-RPT trains next-token reasoning, not plain prediction, so its perplexity is a control. Of a run the
-options are those of the run, and the documents those that it was never trained on.
+RPT trains next-token reasoning, not plain prediction, so its perplexity is a control. The options
+of a run are the defaults, and its documents are those that it was never trained on.
 """
 
 import math
@@ -23,7 +23,7 @@ from rpt import pack, token_logprobs
 def perplexity(model: Transformer, corpus: Corpus) -> tuple[float, ...]:
     """Return (mean, low, high) of exp(mean of -log P) over the tokens of held-out documents.
 
-    The interval is over documents. Of a prompt and response only the response counts.
+    The interval is over documents. In a row of prompt and response only the response counts.
     """
     values, documents, bos = [], [], corpus.tokenizer.bos
     held, lengths = np.flatnonzero(corpus.held).tolist(), np.diff(corpus.starts)

@@ -3,10 +3,11 @@
     python -m paper.plan --recipe paper --model DIR --processes 8 --memory 80
 
 It takes train.py's options, and the mean lengths --prompt-tokens and --response-tokens. --memory is
-that of each process, in GB. The model is a directory or hub id of which config.json is enough. It
-counts no seconds, because how long that takes depends on the machine. Expected for
+that of each process, in GB. The model is a directory or hub id; only its config.json is read.
+Seconds are not counted, because they depend on the machine. Expected for
 paper/configs/r1-distill-qwen-14b: 14.77 billion parameters, so 59.1 / 8 = 7.4 GB of float32 master
-weights on each of 8 processes, twice that of AdamW's moments, 29.5 GB of bfloat16 in a rollout.
+weights on each of 8 processes, twice that for AdamW's moments, and 29.5 GB of bfloat16 weights in a
+rollout.
 """
 
 import argparse
@@ -23,15 +24,15 @@ from paper.flops import forward
 from rpt import HEAD_CHUNK
 
 GB = 1e9
-USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, or between allocations
+USABLE = 0.92  # share of an accelerator's memory; the driver and fragmentation take the rest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("processes", 8), ("memory", 80), ("prompt-tokens", 600),
-                          ("response-tokens", 900)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("--processes", 8), ("--memory", 80), ("--prompt-tokens", 600),
+                          ("--response-tokens", 900)):
+        parser.add_argument(name, type=int, default=default)
     machine, rest = parser.parse_known_args(argv)
     run = train.parse([*rest, "--corpus", "-"])
     file = Path(run.model) / "config.json"

@@ -4,7 +4,7 @@
     python -m paper.report RUN --out FILE.svg                  reward and accuracy in one figure
 
 It shows the evaluations of evals.jsonl, the curves of metrics.jsonl, the options of run.json, and
-the rollouts of the first run. What a model or a corpus wrote enters it through `escape` only.
+the rollouts of the first run. Text of a model or a corpus enters it through `escape` only.
 """
 
 import argparse
@@ -47,8 +47,8 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-size:1
 
 
 def read_rows(file: Path, every: int = 1) -> list[dict]:
-    """Return each `every`-th row of a .jsonl file, none without the file. A last line that is still
-    being written is left out."""
+    """Return each `every`-th row of a .jsonl file, or none if there is no file. Leave out a last
+    line that is still being written."""
     if not file.exists():
         return []
     with open(file, encoding="utf-8") as lines:
@@ -70,8 +70,8 @@ def axis(values: Sequence[float], start: float, end: float) -> tuple[Callable, l
 
 
 def svg(title: str, lines: dict[str, Sequence[tuple]], x: str = "step") -> str:
-    """Return an SVG of curves by name, each of them points (x, y), with a legend if there are
-    several. A curve of one point is a dot."""
+    """Return an SVG of named curves, each a sequence of points (x, y). Several curves get a legend,
+    and a curve of one point is a dot."""
     width, top = 480, 36 + 18 * len(lines) * (len(lines) > 1)
     bottom = top + 200
     across, down = zip(*(point for curve in lines.values() for point in curve))

@@ -132,8 +132,8 @@ def row(name: str, story: Story) -> dict:
 
 
 def annotate(story: Story, random: Random) -> tuple[str, str]:
-    """Return an annotator's reasoning, which follows the ball, and the cup where it ends. With
-    probability ERRS a random cup is taken for the ball's after a swap, and followed from there."""
+    """Return an annotator's reasoning, which follows the ball, and the cup where it ends. After
+    each swap, with probability ERRS, a random cup is taken for the ball's and followed."""
     ball = thought = story.ball[0]
     for n, swap in enumerate(story.swaps, story.first):
         ball = after(ball, swap)
@@ -187,7 +187,7 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 
 
 def write_texts(out: Path, seed: int) -> set[str]:
-    """Write the three files of stories, all different; returns their problems."""
+    """Write the three files of stories, all different. Return their problems."""
     out.mkdir(parents=True, exist_ok=True)
     known: set[str] = set()
     for name, count in SIZES.items():

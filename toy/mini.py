@@ -40,7 +40,7 @@ def decode(ids):
 
 
 class Qwen2:
-    """A transformer: a dictionary of weights, and functions that apply those `at` a name."""
+    """A transformer: a dictionary of weights, and functions that apply the weights `at` a name."""
 
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
@@ -127,7 +127,7 @@ def reward(response, truth):
 @torch.no_grad()
 def rollout(model, questions):
     """Sample and reward a response to each question. Return ids [B, T], the mask of response tokens
-    [B, T] and rewards [B]. All rows grow together; a longer prompt first takes its own tokens."""
+    [B, T] and rewards [B]. All rows grow together, and a longer prompt supplies its own tokens."""
     prompts = [make_prompt(context) for context, _ in questions]
     ids = torch.tensor([prompt + [END] * (MAX_TOKENS - len(prompt)) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])

@@ -17,7 +17,7 @@ WEIGHT = 0.1
 
 
 def one_step(policy, optimizer, draw, step, method, reward, seed):
-    """rpt_step, with the next-token loss of each context's tokens but its first added."""
+    """Do rpt_step, and add the next-token loss of each context's tokens but the first."""
     groups = sample_groups(policy, draw, step, method, reward, seed)
     kept = [group for group in groups if group.kept]
     contexts = [group.question.context for group in kept]

@@ -39,7 +39,7 @@ FORMS = {
 
 
 def show(x):
-    """Spell a number without zeros that say nothing."""
+    """Spell a number without needless zeros."""
     return f"{x.normalize():f}"
 
 

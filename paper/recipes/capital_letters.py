@@ -1,4 +1,4 @@
-"""Another filter: of the usual positions those whose next token begins with a capital letter.
+"""Another filter: keep the usual positions whose next token begins with a capital letter.
 
     torchrun -m paper.recipes.capital_letters [train.py's options]
 

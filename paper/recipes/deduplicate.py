@@ -3,8 +3,9 @@
     python -m paper.recipes.deduplicate CORPUS OUT.jsonl HOLDOUT SEED
 
 Run it once on scraped text, then train on OUT.jsonl with the same --holdout and --seed: the
-documents that are held out stay the same. Near-duplicates share at least half of the runs of eight
-words of the one that has fewer. Not for problems with answers, where the problem alone would count.
+documents that are held out stay the same. Two documents are near-duplicates if they share at least
+half of the eight-word runs of the one that has fewer. Do not use this for problems with answers,
+which are compared by the problem alone.
 """
 
 import json

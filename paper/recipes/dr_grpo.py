@@ -2,9 +2,9 @@
 
     torchrun -m paper.recipes.dr_grpo --no-scale-by-std [train.py's options]
 
-The loss is then no mean over the tokens of a step (DAPO), but over its responses: of each the sum
-over its tokens divided by --max-response, whatever its length (Dr. GRPO, arXiv 2503.20783). With
-PER = "sequence" below it is the mean over its tokens, as GRPO was published.
+The loss is then a mean over the responses of a step, not over its tokens (DAPO). A response's loss
+is the sum over its tokens divided by --max-response, whatever its length (Dr. GRPO, arXiv
+2503.20783). With PER = "sequence" below it is the mean over its tokens, as in the original GRPO.
 """
 
 from dataclasses import replace

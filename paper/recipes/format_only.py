@@ -2,8 +2,8 @@
 
     torchrun -m paper.recipes.format_only [train.py's options]
 
-What rises here is not prediction. On the toy the earlier code moved nothing (30.8 [29.5, 31.9] % of
-the easy split, before and after), because the base nearly always boxes something.
+A rising reward says nothing about prediction here. On the toy the earlier code moved nothing (30.8
+[29.5, 31.9] % of the easy split, before and after), because the base nearly always boxes something.
 """
 
 import train

@@ -4,10 +4,11 @@ log p(x | context, thought) - log p_reference(x | context).
     torchrun -m paper.recipes.information_gain --no-scale-by-std [train.py's options]
 
 The first is the policy's, with \boxed{ opened after the thought. The second is the plain prediction
-of the model before the run; RLP's own reference is a running average of the policy, but checkpoints
-hold no state of a recipe. A response that does not end its thought earns the least that any of its
-group did, at most 0: otherwise it would pay not to finish where thoughts do harm. On the toy the
-earlier code, with the average, learned nothing in 80 steps: 31.5 [30.2, 32.8] % of the easy split.
+of the model before the run. (RLP's own reference is a running average of the policy, but
+checkpoints hold no state of a recipe.) A response that does not end its thought earns the least
+gain of its group, at most 0. Otherwise it would pay not to finish where thoughts do harm. On the
+toy the earlier code, with the average, learned nothing in 80 steps: 31.5 [30.2, 32.8] % of the easy
+split.
 """
 
 from functools import cache, partial

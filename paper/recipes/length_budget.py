@@ -2,8 +2,8 @@
 
     torchrun -m paper.recipes.length_budget [train.py's options]
 
-On the toy a chain of thought is as long as its story has swaps, so a budget that is too small for
-eight of them keeps the longest stories from being solved.
+On the toy a chain of thought grows with the swaps of its story, so a budget that is too small for
+eight swaps keeps the longest stories from being solved.
 """
 
 import train
@@ -13,7 +13,7 @@ BUDGET = 80  # bytes
 
 
 def brief(responses, question, policy):
-    """Return the paper's reward, less what a long response costs, at least 0."""
+    """Return the paper's reward, reduced for long responses, at least 0."""
     return [reward * max(0.0, 1 - max(0, len(text) - BUDGET) / 100)
             for reward, text in zip(prefix(responses, question, policy), responses)]
 

@@ -3,7 +3,7 @@
     torchrun -m paper.recipes.longer_predictions [train.py's options]
 
 A reward is one function over the responses to a question. On the toy the answer is one token long,
-" D", or with its full stop two: within 80 steps nearly all predictions of the earlier code ended in
+" D", or two with its full stop. Within 80 steps nearly all predictions of the earlier code ended in
 a full stop.
 """
 
@@ -12,7 +12,7 @@ from reward import predictions_of, prefix_match
 
 
 def longer(responses, question, policy):
-    """Return the bytes of each right prediction, 0 for a wrong one."""
+    """Return the number of bytes of each right prediction, 0 for a wrong one."""
     return [prefix_match(p, question.truth) * len(p or b"") for p in predictions_of(responses)]
 
 

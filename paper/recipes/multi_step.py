@@ -1,4 +1,4 @@
-r"""Another filter: of the usual positions those where the result of a calculation begins.
+r"""Another filter: keep the usual positions where the result of a calculation begins.
 
     python -m paper.recipes.multi_step --model runs/mixed/model --proxy BASE \
         --corpus b.jsonl --holdout 400 --template toy --min-context 8 --max-prompt 384 \
@@ -30,7 +30,7 @@ usual = train.select_positions
 
 
 def kind_of(before):
-    """Tell from the bytes before a position what is there: the result of a "multi-step" or a
+    """Tell from the bytes before a position what follows: the result of a "multi-step" or a
     "one-step" calculation, or text "elsewhere"."""
     calculation = re.search(rb"<<([^<>=]+)=[\d.]*$", before)
     if not calculation:

@@ -1,4 +1,4 @@
-"""A control of the entropy filter: train on a random share of all positions.
+"""A control for the entropy filter: train on a random share of all positions.
 
     torchrun -m paper.recipes.random_positions [train.py's options]
 

@@ -10,8 +10,8 @@ calculations, write some by paper.recipes.calculations, and ask:
         --holdout 200 --template toy --max-prompt 384 --max-response 128 --samples 8 --out OUT
     python -m paper.recipes.skill OUT/records.jsonl
 
-A response is worked if its thought has a step; `share` is of the responses of its kind. `reward`
-and `first` digit are of the prediction, `steps` is the share of steps that are right. To look at
+A response is worked if its thought has a step. `share` is of all responses of the kind. `reward`
+and `first` (digit) judge the prediction, and `steps` is the share of right steps. To look at
 divisions alone, begin with: grep '/[0-9]*=", "truth"' FILE
 """
 
@@ -36,8 +36,8 @@ def is_right(a, sign, b, result):
 
 
 def examine(records):
-    """Return rows of reward, right first digit, length, and share of right steps, one of each
-    response; by kind, and by whether the response is worked."""
+    """Return a row for each response (reward, right first digit, length, share of right steps), by
+    kind and by whether the response is worked."""
     rows = defaultdict(lambda: {"worked": [], "quick": []})
     end = 1 + max(record["step"] for record in records)
     for record in records:

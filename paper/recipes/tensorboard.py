@@ -1,8 +1,8 @@
-"""The figures of every step for TensorBoard, in DIR/tensorboard (needs the package tensorboard).
+"""Write the figures of every step for TensorBoard to DIR/tensorboard (needs tensorboard).
 
     torchrun -m paper.recipes.tensorboard [train.py's options]
 
-It writes what metrics.jsonl is told. Expect the curves of reward, parsed share and length that
+It writes the numbers of metrics.jsonl. Expect the curves of reward, parsed share and length that
 `python -m paper.report` draws too.
 """
 

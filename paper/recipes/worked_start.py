@@ -17,8 +17,8 @@ ability  plain text: random calculations worked place by place (calculations.py)
 habit    responses to contexts. A context is a document cut at an annotation, with a random
          calculation in the place of its own. WORKED of the responses work it, the others box a
          quick guess of the model; the box holds the whole result
-mixed    what RPT trains on as text, and as many worked responses (Mixed SFT), so that RPT begins
-         where supervised learning has had its turn
+mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
+         after supervised learning has had its turn
 
 Before the last stage only the expressions of the corpus are read. None of them is ever worked,
 though it may be a step of another one.
@@ -59,8 +59,8 @@ def read_texts(source):
 
 
 def ability_rows(random, texts, avoid, count):
-    """Make rows of plain text: worked calculations and single steps, in every fourth row after two
-    documents."""
+    """Make rows of plain text: worked calculations and single steps. Every fourth row begins with
+    two documents."""
     rows = []
     for n in range(count):
         lines = random.choices(texts, k=2) if n % 4 == 0 else []
@@ -73,7 +73,7 @@ def ability_rows(random, texts, avoid, count):
 
 
 def ask(random, tokenizer, ids, calculation="", response=""):
-    """Return a row whose context is the last of a document's ids and the start of a calculation."""
+    """Return a row whose context is the end of a document and the start of a calculation."""
     context = tokenizer.bytes_of(ids[-random.choice(TAIL):]).decode(errors="ignore") + calculation
     return {"context": context, "response": response,
             "prompt": TEMPLATES["toy"].replace("{context}", context)}
@@ -101,8 +101,8 @@ def worked_rows(random, texts, avoid, tokenizer, count):
 
 
 def quick_rows(rows, run, tokenizer, length, form):
-    """Replace the responses: they box what the model itself writes after the context. Rows where
-    that is not of the form are left out."""
+    """Replace the responses by a box of what the model itself writes after the context. Leave out
+    rows where that is not of the form."""
     model, quick = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
     prompts = [[*tokenizer.bos, *tokenizer.encode(row["context"])] for row in rows]
     said = generate(model, prompts, max_new_tokens=length, eos_ids=tokenizer.eos_ids,
