@@ -185,7 +185,7 @@ def field_of(row: dict, *names: str) -> str:
     for name in names:
         value = row.get(name)
         if isinstance(value, list):
-            value = "\n\n".join(map(str, value))
+            value = "\n\n".join(str(part) for part in value if part is not None)
         if type(value) in (str, int, float) and value != "":
             return unicodedata.normalize("NFC", str(value))
     return ""

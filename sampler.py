@@ -106,8 +106,9 @@ class KVCache:
         empty columns for the rows' next tokens."""
         self.rows, self.lengths = self.rows[rows], self.lengths[rows]
         self.groups = int(self.rows[-1]) // self.samples + 1
-        for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):  # one layer at a time: no
-            self.prompts[n] = prompt[:, :, : self.groups].contiguous()  # second copy of the whole
+        # One layer at a time, so that there is never a second copy of the whole.
+        for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):
+            self.prompts[n] = prompt[:, :, : self.groups].contiguous()
             self.own[n] = F.pad(own[:, :, rows], (0, 0, 0, GROWTH))
 
     def positions(self, width: int) -> Tensor:
@@ -159,8 +160,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
     """Sample completions of every prompt (token ids); returns them as [prompt][sample].
 
     sampling: the fields of Sampling. keys: one integer per prompt (default: its index), which
-    together with the seed and the sample's number decides the randomness. The plain form
-    is toy/mini.py's `rollout`.
+    together with the seed and the sample's number decides the randomness. The plain form is
+    toy/mini.py's `rollout`.
     """
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty: it needs at least one token")

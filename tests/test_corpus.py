@@ -38,7 +38,7 @@ def test_rows_become_documents(tmp_path):
         ({"problem": "P", "solution": nan, "answer": 0}, "P\n\n", "0", "0"),
         ({"problem": "P", "solution": "S", "answer": nan}, "P\n\n", "S", ""),
         ({"problem": "P", "solution": True, "answer": inf}, "P\n\n", "", ""),
-        ({"problem": "P", "solution": ["a", "b"], "answer": None}, "P\n\n", "a\n\nb", ""),
+        ({"problem": "P", "solution": ["a", nan, "b"], "answer": None}, "P\n\n", "a\n\nb", ""),
         ({"prompt": "A\u030a?", "response": "b</think>", "text": "t"}, "Å?", "b</think>", ""),
         ({"prompt": nan, "response": "r", "text": "t"}, "", "t", ""),
     ]
