@@ -66,7 +66,7 @@ def run(processes: int, out: Path, *options, **how) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [RPT, [*RPT, "--dynamic-from", "1"], NTP,
+@pytest.mark.parametrize("options", [[*RPT, "--dynamic-from", "1"], NTP,  # step 0 is usual RPT
                                      [*RPT, "--dtype", "bfloat16"]])
 def test_two_processes_compute_what_one_does(options, tmp_path, toy):
     """Both step by the float64 gradient of plain forwards, each from its own weights.
