@@ -471,7 +471,8 @@ def test_every_option_is_documented():
 @pytest.mark.parametrize("argument", (
     "--lr=nan --lr=inf --lr=0 --grad-clip=0 --questions=0 --questions=1.5 --group-size=1 --seed=-1 "
     "--temperature=-1 --steps=-1 --samples=0 --clip-low=-.1 --max-response=0 --steps=many "
-    "--template=v9 --device=gpu --no-such-option=1 --model=m --temperature=0 --reward=answer").split())
+    "--template=v9 --device=gpu --no-such-option=1 --model=m --temperature=0 "
+    "--reward=answer").split())
 def test_an_argument_out_of_its_range_is_a_usage_error(capsys, argument):
     with pytest.raises(SystemExit) as stop:
         train.parse([argument])
