@@ -4,7 +4,7 @@ RPT samples G completions of every prompt. A prompt is computed once, and its ke
 stored once: each step multiplies the queries of a whole group with them in one matrix product.
 
 Rows are decoded in waves. All rows of a wave start together, so they always have the same age.
-Every GROWTH tokens, rows that have ended leave the wave. If its keys and values would outgrow
+When its cache grows, rows that have ended leave the wave. If its keys and values would outgrow
 `cache_tokens`, the later half of its prompts is given up and decoded again in a later, smaller
 wave. They draw the same tokens again, because each (seed, key, sample, position) has one uniform
 number, which inverts the cumulative distribution. So a completion does not depend, up to rounding,
@@ -14,6 +14,7 @@ Not supported: top-k and top-p. The policy loss would then train another distrib
 that was sampled.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from model import Prompts, Transformer, last_hidden
 
 PREFILL_TOKENS = 32768  # padded tokens of a wave's prompts, which are computed in one forward pass
-GROWTH = 16  # columns by which the rows' own cache grows; then rows that have ended leave
+GROWTH = 8  # columns by which the rows' own cache grows, and an eighth of what it has
 
 
 @dataclass(frozen=True)
@@ -86,30 +87,34 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 class KVCache:
     """Keys and values of a wave: of its prompts, and of the tokens that its rows have sampled.
 
-    By layer [2, kv_heads, prompts or rows, columns, d]. Row r of the wave continues prompt
-    r // samples. Between two calls of `keep`, a forward pass reads and writes the same tensors and
-    asks the device nothing, so it can be recorded (see `capture`). The plain form is the `cache` of
-    toy/mini.py's `rollout`, in which every row holds its whole prompt.
+    By layer [2, kv_heads, prompts or rows, columns, d]. Between two calls of `keep`, a forward pass
+    reads and writes the same tensors and asks the device nothing, so it can be recorded (see
+    `capture`). The plain form is the `cache` of toy/mini.py's `rollout`, in which every row holds
+    its whole prompt.
     """
 
     def __init__(self, prompts: Prompts, samples: int):
-        self.samples, self.groups = samples, len(prompts.lengths)
         self.lengths = prompts.lengths.repeat_interleave(samples)  # of each row's prompt
         self.prompts = [torch.stack([x.transpose(0, 1) for x in pair]) for pair in prompts.layers]
         prompts.layers.clear()  # no second copy while the wave is decoded
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.own = [x[:, :, self.rows // samples, :0] for x in self.prompts]
+        self.owner = self.rows // samples
+        self.own = [x[:, :, self.owner, :0] for x in self.prompts]
         self.age = self.rows[:1] - 1  # [1], the newest column that is filled
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, and the prompts after the last one that still has rows; then add
-        empty columns for the rows' next tokens."""
+    def keep(self, rows: Tensor, more: int) -> None:
+        """Drop all rows but these, and prompts that have no row left; then add `more` empty columns
+        for the rows' next tokens."""
         self.rows, self.lengths = self.rows[rows], self.lengths[rows]
-        self.groups = int(self.rows[-1]) // self.samples + 1
+        kept, self.owner, counts = self.owner[rows].unique(return_inverse=True, return_counts=True)
         # One layer at a time, so that there is never a second copy of the whole.
         for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):
-            self.prompts[n] = prompt[:, :, : self.groups].contiguous()
-            self.own[n] = F.pad(own[:, :, rows], (0, 0, 0, GROWTH))
+            self.prompts[n] = prompt[:, :, kept]
+            self.own[n] = F.pad(own[:, :, rows], (0, 0, 0, more))
+        # grid: the rows of each prompt, filled up with others; nth: a row's place among them.
+        first, numbers = counts.cumsum(0) - counts, torch.arange(len(rows), device=rows.device)
+        self.nth = numbers - first[self.owner]
+        self.grid = (first[:, None] + numbers[: int(counts.max())]).clamp_max(len(rows) - 1)
 
     def positions(self, width: int) -> Tensor:
         """Open the rows' next column; return the position of its tokens in their texts [rows, 1].
@@ -132,16 +137,13 @@ class KVCache:
         """
         prompt, own = self.prompts[layer], self.own[layer]
         own.index_copy_(3, self.age, torch.stack((k, v)).transpose(1, 2))
-        (rows, kv_heads, _, d), slots = k.shape, self.groups * self.samples
+        rows, kv_heads, _, d = k.shape
 
-        def by_prompt(x: Tensor) -> Tensor:  # [kv_heads, rows, n, :] -> [kv_heads, groups, any, :]
-            if rows < slots:  # some have left
-                x = x.new_zeros(kv_heads, slots, *x.shape[2:]).index_copy(1, self.rows, x)
-            return x.reshape(kv_heads, self.groups, -1, x.shape[3])
+        def by_prompt(x: Tensor) -> Tensor:  # [kv_heads, rows, n, :] -> [kv_heads, prompts, any, :]
+            return x[:, self.grid].flatten(2, 3)
 
         def by_row(x: Tensor) -> Tensor:  # the inverse
-            x = x.view(kv_heads, slots, -1, x.shape[3])
-            return x[:, self.rows] if rows < slots else x
+            return x.unflatten(2, (self.grid.shape[1], -1))[:, self.owner, self.nth]
 
         q = q.reshape(rows, kv_heads, -1, d).transpose(0, 1) * d**-0.5  # [kv_heads, rows, n, d]
         scores = torch.cat((by_row(by_prompt(q) @ prompt[0].mT), q @ own[0].mT), dim=3)
@@ -210,15 +212,17 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
 
     sample(logits)
     for age in range(1, how.max_new_tokens):
-        if age % GROWTH == 1:
+        columns = cache.own[0].shape[3]
+        if age > columns:
+            more = GROWTH + columns // GROWTH
             going = (length[cache.rows] == 0).nonzero()[:, 0]  # waits for the device
             if not len(going):
                 break
-            room = how.cache_tokens - cache.groups * cache.prompts[0].shape[3]
-            if len(going) * (age + GROWTH) > room:
-                owner = cache.rows[going] // how.samples
+            room = how.cache_tokens - math.prod(cache.prompts[0].shape[2:4])
+            if len(going) * (columns + more) > room:
+                owner = cache.owner[going]
                 going = going[owner < max(int(owner[0]) + 1, int(owner[len(owner) // 2]))]
-            cache.keep(going)
+            cache.keep(going, more)
             step = capture(advance, uniform.device)
         step()
     complete = length > 0

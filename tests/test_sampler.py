@@ -99,8 +99,8 @@ def watch(monkeypatch, bound: int, given_up: list[int]) -> None:
     def checked(cache, width):
         columns = sum(x[0].shape[2] * x[0].shape[3] for x in (cache.prompts, cache.own))
         assert cache.prompts[0].untyped_storage().nbytes() == cache.prompts[0].nbytes
-        assert cache.prompts[0].shape[2] == int(cache.rows[-1]) // cache.samples + 1
-        assert columns <= bound or len((cache.rows // cache.samples).unique()) == 1
+        assert cache.prompts[0].shape[2] == len(cache.owner.unique())
+        assert columns <= bound or len(cache.owner.unique()) == 1
         return positions(cache, width)
 
     monkeypatch.setattr(sampler, "decode", counted)
