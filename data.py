@@ -187,7 +187,8 @@ def field_of(row: dict, *names: str) -> str:
         if isinstance(value, list):
             value = "\n\n".join(str(part) for part in value if part is not None)
         if type(value) in (str, int, float) and value != "":
-            return unicodedata.normalize("NFC", str(value))
+            return unicodedata.normalize(
+                "NFC", str(value).encode(errors="replace").decode())  # half a UTF-16 pair: "?"
     return ""
 
 
@@ -206,10 +207,8 @@ def read_files(source: str | Path) -> Iterator[tuple[dict, str]]:
         except Exception as error:  # the hub's client raises many kinds
             raise FileNotFoundError(f"{source}: no such file or folder, and not available from the "
                                     f"hub ({str(error).splitlines()[0]})") from None
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if not any(
-            part.lower().startswith(NOT_TEXT) for part in file.relative_to(path).parts)]
+    files = [file for file in sorted(path.rglob("*")) or [path] if not any(
+        part.lower().startswith(NOT_TEXT) for part in file.relative_to(path).parts)]
     for file in files:
         where = file
         try:

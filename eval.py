@@ -205,7 +205,7 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int],
     """Return (mean, low, high) of values [N], low and high by the 95 % percentile bootstrap.
 
     Whole clusters are resampled, because positions of one document are not independent. Every value
-    weighs the same.
+    weighs the same. Of few clusters the interval is too narrow; of one it has no width.
     """
     _, member = np.unique(clusters, return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [clusters]

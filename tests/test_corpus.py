@@ -31,6 +31,8 @@ def test_rows_become_documents(tmp_path):
     nan, inf = float("nan"), float("inf")
     rows = [  # and what precedes, the text, the answer
         ({"text": "plain e\u0301"}, "", "plain é", ""),
+        ({"text": "half a pair \ud83d, a whole one \ud83d\ude00"}, "",
+         "half a pair ?, a whole one \U0001f600", ""),
         ({"problem": "P\u0041\u030a?", "solution": " S e\u0301.", "answer": 3, "difficulty": 5.5},
          "PÅ?\n\n", "S é.", "3"),
         ({"question": "Q?", "solution": "", "answer": "1+1=2.\n#### 2"},
