@@ -77,7 +77,7 @@ def chain(toy, tmp_path_factory):
         model = out / stage / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "select_positions", train.select_positions)
-        patch.setattr(sys, "argv", ["skill", out / "run/rollouts.jsonl"])
+        patch.setattr(sys, "argv", ["skill", out / "run/rollouts.jsonl", out / "run/skill.svg"])
         multi_step.main(f"--model {model} {corpus} {ASK} --out {out}/run".split())
         skill.main()
         multi_step.main(f"eval {out}/run --kind results".split())
@@ -109,6 +109,14 @@ def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
     assert set(groups) == {"multi-step, quarter 1", "multi-step, quarter 3"}  # of two steps
     assert set(asked) == {"multi-step, quarter 1", "one-step, quarter 1"}
     assert any(group["worked"] for group in groups.values())
+    curves = re.findall('<polyline class="line c(.)".*? points="(.*?)"',
+                        (chain / "run/skill.svg").read_text())
+    heights = [[float(point.split(",")[1]) for point in points.split()] for _, points in curves]
+    wanted = [[np.mean([(row[0], bool(np.isfinite(row[3])), row[2] / 100)[n]
+                        for how in group.values() for row in how]) for group in groups.values()]
+              for n in range(3)]  # two steps are two quarters
+    slope, start = np.polyfit(np.ravel(wanted), np.ravel(heights), 1)
+    np.testing.assert_allclose(heights, slope * np.array(wanted) + start, atol=0.06)
 
 
 def test_the_figures_of_responses():

@@ -1,8 +1,9 @@
 """Tell how often a model works its calculations, and how often they are right.
 
-    python -m paper.recipes.skill runs/multi/rollouts.jsonl
+    python -m paper.recipes.skill runs/multi/rollouts.jsonl [FIGURE.svg]
 
-The file may be a run's rollouts, or the records of an evaluation. To examine a model on random
+The file may be a run's rollouts, or the records of an evaluation. The figure shows how reward,
+length and the share of worked responses went in a run. To examine a model on random
 calculations, write some by paper.recipes.calculations, and ask:
 
     python -m paper.recipes.calculations 99 200 > random.jsonl
@@ -20,11 +21,13 @@ import re
 import sys
 from collections import defaultdict
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 
 from paper.recipes.calculations import APPLY
 from paper.recipes.multi_step import kind_of
+from paper.report import svg
 
 STEP = re.compile(r"(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
 
@@ -52,8 +55,26 @@ def examine(records):
     return rows
 
 
+def picture(records):
+    """Return an SVG of reward, length and the share of worked responses against the step."""
+    steps, curves = defaultdict(list), defaultdict(list)
+    for record in records:
+        worked = [bool(STEP.search(response.partition("</think>")[0]))
+                  for response in record["responses"]]
+        steps[record["step"]] += zip(record["rewards"], worked, record["tokens"])
+    for step, rows in steps.items():
+        reward, share, length = np.mean(rows, 0)
+        curves["RPT, mean reward of a step"].append((step, reward))
+        curves["share of responses that work the calculation"].append((step, share))
+        curves["length of a response, in hundreds of tokens"].append((step, length / 100))
+    return svg("Reinforcement Pre-Training on GSM8K: results of calculations", curves)
+
+
 def main():
-    rows = examine([json.loads(line) for line in open(sys.argv[1])])
+    records = [json.loads(line) for line in open(sys.argv[1])]
+    for figure in sys.argv[2:]:
+        Path(figure).write_text(picture(records))
+    rows = examine(records)
     print(f"{'':32}\tshare\treward\tfirst\tlength\tsteps")
     for name, groups in sorted(rows.items()):
         for how, found in groups.items():
