@@ -1,8 +1,8 @@
 r"""Another filter: keep the usual positions where the result of a calculation begins.
 
     python -m paper.recipes.multi_step --model runs/mixed/model --proxy BASE \
-        --corpus b.jsonl --holdout 400 --template toy --min-context 8 --max-prompt 384 \
-        --max-response 128 --lr 4e-5 --weight-decay 0 --steps 36 --dtype bfloat16 --out runs/multi
+        --corpus b.jsonl --holdout 700 --template toy --min-context 8 --max-prompt 384 \
+        --max-response 128 --lr 4e-5 --weight-decay 0 --steps 40 --dtype bfloat16 --out runs/multi
     python -m paper.recipes.multi_step eval runs/multi --samples 8
     [--kind multi-step | results]  [--all-digits]
 
@@ -11,7 +11,8 @@ more, or two of at least two significant digits each. --kind results asks about 
 --all-digits also after the first digits of a result. The text before a position alone decides, so
 the filter tells nothing about the result.
 
-expected: not yet measured on this code. A sketch of it took 18 minutes on two cores.
+expected: reasoning from 47.9 to 64.6 %, above the 51.2 % of plain argmax (paper/results.md). The
+entropies of 6,673 documents took 22 minutes, a step one minute, on cores shared with other work.
 """
 
 import argparse

@@ -56,15 +56,17 @@ def examine(records):
 
 
 def picture(records):
-    """Return an SVG of reward, length and the share of worked responses against the step."""
+    """Return an SVG of reward, length and the share of worked responses against the step, each the
+    mean over a tenth of the run."""
     steps, curves = defaultdict(list), defaultdict(list)
+    width = max(1, (records[-1]["step"] + 1) // 10)
     for record in records:
         worked = [bool(STEP.search(response.partition("</think>")[0]))
                   for response in record["responses"]]
-        steps[record["step"]] += zip(record["rewards"], worked, record["tokens"])
+        steps[record["step"] // width * width] += zip(record["rewards"], worked, record["tokens"])
     for step, rows in steps.items():
         reward, share, length = np.mean(rows, 0)
-        curves["RPT, mean reward of a step"].append((step, reward))
+        curves["RPT, mean reward"].append((step, reward))
         curves["share of responses that work the calculation"].append((step, share))
         curves["length of a response, in hundreds of tokens"].append((step, length / 100))
     return svg("Reinforcement Pre-Training on GSM8K: results of calculations", curves)

@@ -1,11 +1,11 @@
 r"""A start for thoughts that compute: a model learns to work calculations on paper, and to do so
 before it predicts. Each stage is supervised training that begins with the model of the one before:
 
-    python -m paper.recipes.worked_start ability a.jsonl --corpus b.jsonl --holdout 400 \
+    python -m paper.recipes.worked_start ability a.jsonl --corpus b.jsonl --holdout 700 \
         --model BASE --out runs/ability
-    python -m paper.recipes.worked_start habit a.jsonl --corpus b.jsonl --holdout 400 \
+    python -m paper.recipes.worked_start habit a.jsonl --corpus b.jsonl --holdout 700 \
         --model runs/ability/model --out runs/habit
-    python -m paper.recipes.worked_start mixed a.jsonl --corpus b.jsonl --holdout 400 \
+    python -m paper.recipes.worked_start mixed a.jsonl --corpus b.jsonl --holdout 700 \
         --model runs/habit/model --out runs/mixed
 
 Both files have calculator annotations such as <<120-40=80>>. b.jsonl is what RPT reads next (see
@@ -27,8 +27,9 @@ These three stages need annotations. For other texts there is `format`, which ta
 three. It teaches a model that never boxes a prediction to box one, the token that the model itself
 says after a context. RPT then has something to reward, but no thoughts to begin with.
 
-expected: not yet measured on this code. A sketch of the three stages took 52, 6 and 12 minutes on
-two cores; format has only been run on the toy.
+expected: after the three stages 95 % of responses to multi-step calculations work them, and 47.9 %
+are right (paper/results.md). The stages took 120, 17 and 26 minutes on two cores that other work
+shared; format has only been run on the toy.
 """
 
 import json
