@@ -111,7 +111,8 @@ class KVCache:
         for n, (prompt, own) in enumerate(zip(self.prompts, self.own)):
             self.prompts[n] = prompt[:, :, kept]
             self.own[n] = F.pad(own[:, :, rows], (0, 0, 0, more))
-        # grid: the rows of each prompt, filled up with others; nth: a row's place among them.
+        # Row r is the nth[r]-th of its prompt in grid [prompts, most rows of one]. A prompt with
+        # fewer rows repeats others, whose results nobody reads.
         first, numbers = counts.cumsum(0) - counts, torch.arange(len(rows), device=rows.device)
         self.nth = numbers - first[self.owner]
         self.grid = (first[:, None] + numbers[: int(counts.max())]).clamp_max(len(rows) - 1)

@@ -12,8 +12,12 @@ import pytest
 
 import train
 from data import Tokenizer, hold_out, load_corpus
+from eval import show_interval, summary
+from helpers import ROOT
+from paper.compare import differences
 from paper.recipes import calculations, multi_step, skill, worked_start
 from paper.recipes.calculations import draw, work
+from paper.report import read_rows
 
 TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
@@ -125,3 +129,33 @@ def test_the_figures_of_responses():
               "responses": ["20*3=60, 4*3=13, 3/2=1.5, 2/3=.66</think>", "no"]}
     np.testing.assert_equal(skill.examine([record])["one-step, quarter 1"], {
         "worked": [(1, True, 9, 2 / 3)], "quick": [(0, False, 2, np.nan)]})
+
+
+def test_the_recorded_figures_are_those_of_the_recorded_responses():
+    """Accuracies, paired differences, counts and the picture of the run on real text."""
+    real, page = ROOT / "paper/results/real", (ROOT / "paper/results.md").read_text()
+    start, rpt, sft, base = (read_rows(real / f"worked-{name}-records.jsonl")
+                             for name in ("start", "rpt", "sft", "base"))
+    rows = []
+    for records, name, *more in ((base, "base"), (start, "before RPT", "reasoning", "pass@8"),
+                                 (rpt, "RPT", "pass@8"), (sft, "Mixed SFT", "reasoning")):
+        splits = summary(records).values()
+        for measure in ("standard", *more):
+            rows.append((f"{name}, {measure}", *(show_interval(of[measure], 100) for of in splits)))
+    rows.append(("**RPT, reasoning**", *(f"**{show_interval(of['reasoning'], 100)}**"
+                                         for of in summary(rpt).values())))
+    for other, who, measure in (
+            (base, "the base's", "standard"), (start, "the start's", "standard"),
+            (rpt, "its own", "standard"), (start, "the start's", "reasoning"),
+            (sft, "Mixed SFT's", "standard"), (sft, "Mixed SFT's", "reasoning")):
+        rows.append((f"{who} {measure}", *(
+            line.partition(": ")[2] for line in differences(other, rpt)
+            if f"B's reasoning less A's {measure}" in line)))
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in page.replace(" (argmax)", ""), row
+    groups = read_rows(real / "worked-rollouts.jsonl")
+    with_gradient = sum(len(set(group["rewards"])) > 1 for group in groups)
+    format_alone = sum(len({p is None for p in group["predictions"]}) > 1 for group in groups)
+    assert (f"{with_gradient} of {len(groups)} groups carried a gradient. A reward for the format "
+            f"alone would have carried one in {format_alone}.") in " ".join(page.split())
+    assert skill.picture(groups) == (ROOT / "paper/results/worked.svg").read_text()

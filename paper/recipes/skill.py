@@ -32,6 +32,11 @@ from paper.report import svg
 STEP = re.compile(r"(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
 
 
+def steps_of(response):
+    """Return the steps of a response's thought, each as (a, sign, b, result)."""
+    return STEP.findall(response.partition("</think>")[0])
+
+
 def is_right(a, sign, b, result):
     """Tell whether a step is right."""
     a, b, result = map(Decimal, (a, b, result))
@@ -48,7 +53,7 @@ def examine(records):
         groups = rows[f"{kind_of(record['context'].encode())}, quarter {quarter}"]
         for reward, prediction, length, response in zip(
                 *(record[name] for name in ("rewards", "predictions", "tokens", "responses"))):
-            steps = STEP.findall(response.partition("</think>")[0])
+            steps = steps_of(response)
             right = np.mean([is_right(*step) for step in steps] or np.nan)
             first = (prediction or "")[:1] == record["truth"][:1]
             groups["worked" if steps else "quick"].append((reward, first, length, right))
@@ -61,8 +66,7 @@ def picture(records):
     steps, curves = defaultdict(list), defaultdict(list)
     width = max(1, (records[-1]["step"] + 1) // 10)
     for record in records:
-        worked = [bool(STEP.search(response.partition("</think>")[0]))
-                  for response in record["responses"]]
+        worked = [bool(steps_of(response)) for response in record["responses"]]
         steps[record["step"] // width * width] += zip(record["rewards"], worked, record["tokens"])
     for step, rows in steps.items():
         reward, share, length = np.mean(rows, 0)
