@@ -1,10 +1,14 @@
 """Compare two models on the same questions: paired differences, with intervals over documents.
 
     python eval.py A ... --samples 8 --out a;  python eval.py B ... --samples 8 --out b
-    python -m paper.compare a/records.jsonl b/records.jsonl
+    python -m paper.compare a/records.jsonl b/records.jsonl [--first]
 
-Each line is B's accuracy less A's, in points. Because the questions are the same, a question that
-is hard for both does not widen the interval. `reasoning` is the mean over samples.
+It prints the accuracies of both, then B's less A's in points. Because the questions are the same, a
+question that is hard for both does not widen the interval of a difference. `reasoning` is the mean
+over samples.
+
+Plain prediction names one token, but a box may hold a longer prefix, such as a whole number, which
+is harder to get right. --first judges each box by its first character alone.
 """
 
 import sys
@@ -12,7 +16,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from eval import SPLITS, bootstrap_interval, measures
+from eval import SPLITS, bootstrap_interval, measures, summary, table
 from paper.report import read_rows
 
 PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "reasoning"),
@@ -38,10 +42,19 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
     return lines
 
 
+def by_first(records: Sequence[dict]) -> list[dict]:
+    """Return records in which a prediction is right if its first character is."""
+    return [row | {"rewards": [float((said or "").startswith(row["truth"][0]))
+                               for said in row["predictions"]]} for row in records]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3 or sys.argv[3:] not in ([], ["--first"]):
         sys.exit(__doc__)
     try:
-        print("\n".join(differences(*map(read_rows, map(Path, sys.argv[1:])))))
+        first, second = map(by_first if sys.argv[3:] else list,
+                            map(read_rows, map(Path, sys.argv[1:3])))
+        lines = differences(first, second)
     except ValueError as error:
         sys.exit(f"paper.compare: error: {error}")
+    print(table({"A": summary(first), "B": summary(second)}, "both"), *lines, sep="\n")

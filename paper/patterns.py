@@ -1,14 +1,12 @@
 """The paper's analysis of reasoning patterns: how many responses hold a keyword of each group.
 
-    python -m paper.patterns RUN           in % by tenths of a run, with reward, parsed and length
+    python -m paper.patterns RUN           in %, by tenths of a run
 """
 
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from paper.report import read_rows
 
@@ -39,19 +37,16 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
 
 
 def main(folder: str) -> None:
-    """Print the shares of a run by tenths."""
+    """Print the shares of each tenth of a run."""
     rows = read_rows(Path(folder) / "rollouts.jsonl")
-    head = ["steps", "reward", "parsed", "tokens", *PATTERNS]
-    print("  ".join(f"{name:>10}" for name in head))
-    for steps in np.array_split(np.arange(1 + max(row["step"] for row in rows)), 10):
-        some = [row for row in rows if row["step"] in steps]
-        rewards, said, tokens, texts = (sum((row[key] for row in some), []) for key in
-                                        ("rewards", "predictions", "tokens", "responses"))
+    steps = 1 + rows[-1]["step"]
+    print("  ".join(f"{name:>10}" for name in ["tenth", *PATTERNS]))
+    for tenth in range(10):
+        texts = sum((row["responses"] for row in rows if row["step"] * 10 // steps == tenth), [])
         if texts:
-            shares = [np.mean(rewards), np.mean([text is not None for text in said]),
-                      np.mean(tokens) / 100, *reasoning_patterns(texts).values()]
-            cells = [f"{steps[0]} to {steps[-1]}", *(f"{100 * share:.1f}" for share in shares)]
-            print("  ".join(f"{cell:>{max(10, len(name))}}" for cell, name in zip(cells, head)))
+            shares = reasoning_patterns(texts).items()
+            print(f"{tenth + 1:>10}", *(f"{100 * share:>{max(10, len(name))}.1f}"
+                                        for name, share in shares), sep="  ")
 
 
 if __name__ == "__main__":

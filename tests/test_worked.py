@@ -22,7 +22,7 @@ from paper.report import read_rows
 TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
        "--max-response 100 --steps 2 --questions 4 --group-size 4")
-STAGES = {"format": 2, "ability": 8, "habit": 50, "mixed": 2}
+STAGES = {"format": 2, "anywhere": 2, "ability": 8, "habit": 50, "mixed": 2}
 
 
 def exact(expression):
@@ -96,15 +96,18 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
         assert [text in said for text in corpus] == [stage == "mixed" and not out for out in held]
         assert avoid.isdisjoint(re.findall(r'(?:"|\\n)([^ :="]+)[:=]', said))
         worked = re.findall(r'"([^ "]+): [^"]*=(.*?)\\n</think>\\\\boxed{(.*?)}', said)
-        assert len(worked) == {"habit": 320, "mixed": 120}.get(stage, 0)
+        assert len(worked) == {"habit": 320, "mixed": 120, "anywhere": 13}.get(stage, 0)
         assert all(exact(e) == Fraction(value) == Fraction(boxed) for e, value, boxed in worked)
-        assert (said.count("boxed") == said.count("\n")) == (stage in ("format", "habit"))
+        boxed = said.count(r"</think>\\boxed{")
+        assert (boxed == said.count("\n")) == (stage not in ("ability", "mixed"))
 
 
 @pytest.mark.parametrize("words", ["abilty a", "habit a --model m --corpus no/such/file"])
-def test_what_a_user_can_mend_is_one_sentence(words):
-    with pytest.raises(SystemExit, match="not with abilty a|no/such/file: no such file"):
+def test_what_a_user_can_mend_is_one_sentence(words, capsys):
+    with pytest.raises(SystemExit) as ended:
         worked_start.main(words.split())
+    said = f"{ended.value} {capsys.readouterr().err}"
+    assert re.search("invalid choice: 'abilty'|no/such/file: no such file", said)
 
 
 def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
@@ -116,7 +119,7 @@ def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
     curves = re.findall('<polyline class="line c(.)".*? points="(.*?)"',
                         (chain / "run/skill.svg").read_text())
     heights = [[float(point.split(",")[1]) for point in points.split()] for _, points in curves]
-    wanted = [[np.mean([(row[0], bool(np.isfinite(row[3])), row[2] / 100)[n]
+    wanted = [[np.mean([(row[0], bool(np.isfinite(row[2])), row[1] / 100)[n]
                         for how in group.values() for row in how]) for group in groups.values()]
               for n in range(3)]  # two steps are two quarters
     slope, start = np.polyfit(np.ravel(wanted), np.ravel(heights), 1)
@@ -128,7 +131,7 @@ def test_the_figures_of_responses():
               "predictions": ["72", None], "tokens": [9, 2],
               "responses": ["20*3=60, 4*3=13, 3/2=1.5, 2/3=.66</think>", "no"]}
     np.testing.assert_equal(skill.examine([record])["one-step, quarter 1"], {
-        "worked": [(1, True, 9, 2 / 3)], "quick": [(0, False, 2, np.nan)]})
+        "worked": [(1, 9, 2 / 3)], "quick": [(0, 2, np.nan)]})
 
 
 def test_the_recorded_figures_are_those_of_the_recorded_responses():

@@ -8,11 +8,12 @@ half of the eight-word runs of the one that has fewer. Do not use this for probl
 which are compared by the problem alone.
 """
 
-import json
 import re
 import sys
+from pathlib import Path
 
 from data import hold_out, read_documents, read_files
+from toy.make import write_rows
 
 # Scripts without spaces, where each character counts as a word: Thai and Lao, Burmese, Khmer, kana,
 # and the ideographs.
@@ -42,10 +43,7 @@ def main(argv=None):
     texts = [document.given + document.text for document in documents]
     found = near_duplicates(texts, hold_out(texts, int(holdout), int(seed)))
     places = {documents[n].where for n in found}
-    with open(out, "w") as file:
-        for row, where in read_files(corpus):
-            if where not in places:
-                print(json.dumps(row), file=file)
+    write_rows(Path(out), (row for row, where in read_files(corpus) if where not in places))
     print(f"{len(found):,} of {len(texts):,} documents left out")
 
 

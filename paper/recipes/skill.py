@@ -11,9 +11,8 @@ calculations, write some by paper.recipes.calculations, and ask:
         --holdout 200 --template toy --max-prompt 384 --max-response 128 --samples 8 --out OUT
     python -m paper.recipes.skill OUT/records.jsonl
 
-A response is worked if its thought has a step. `share` is of all responses of the kind. `reward`
-and `first` (digit) judge the prediction, and `steps` is the share of right steps. To look at
-divisions alone, begin with: grep '/[0-9]*=", "truth"' FILE
+A response is worked if its thought has a step. `share` is of all responses of the kind, and `steps`
+is the share of right steps. To look at divisions alone, begin with: grep '/[0-9]*=", "truth"' FILE
 """
 
 import json
@@ -44,19 +43,18 @@ def is_right(a, sign, b, result):
 
 
 def examine(records):
-    """Return a row for each response (reward, right first digit, length, share of right steps), by
-    kind and by whether the response is worked."""
+    """Return a row for each response (reward, length, share of right steps), by kind and by whether
+    the response is worked."""
     rows = defaultdict(lambda: {"worked": [], "quick": []})
     end = 1 + max(record["step"] for record in records)
     for record in records:
         quarter = 1 + 4 * record["step"] // end
         groups = rows[f"{kind_of(record['context'].encode())}, quarter {quarter}"]
-        for reward, prediction, length, response in zip(
-                *(record[name] for name in ("rewards", "predictions", "tokens", "responses"))):
+        for reward, length, response in zip(
+                *(record[name] for name in ("rewards", "tokens", "responses"))):
             steps = steps_of(response)
             right = np.mean([is_right(*step) for step in steps] or np.nan)
-            first = (prediction or "")[:1] == record["truth"][:1]
-            groups["worked" if steps else "quick"].append((reward, first, length, right))
+            groups["worked" if steps else "quick"].append((reward, length, right))
     return rows
 
 
@@ -81,7 +79,7 @@ def main():
     for figure in sys.argv[2:]:
         Path(figure).write_text(picture(records))
     rows = examine(records)
-    print(f"{'':32}\tshare\treward\tfirst\tlength\tsteps")
+    print(f"{'':32}\tshare\treward\tlength\tsteps")
     for name, groups in sorted(rows.items()):
         for how, found in groups.items():
             if found:

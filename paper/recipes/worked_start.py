@@ -32,7 +32,7 @@ are right (paper/results.md). The stages took 120, 17 and 26 minutes on two core
 shared; format has only been run on the toy.
 """
 
-import json
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -44,13 +44,15 @@ from model import DTYPES, load_pretrained, resolve
 from paper.recipes.calculations import draw
 from reward import box
 from sampler import generate
+from toy.make import write_rows
 
 WORKED = 0.4
 TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 NUMBER, TOKEN = (8, rb"\d*\.?\d+"), (1, rb" ?[^\s{}]+")  # guesses: tokens at most, form
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "format": dict(steps=70, lr=1e-4)}
+          "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=90, lr=1e-4),
+          "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
 
@@ -80,10 +82,10 @@ def ask(random, tokenizer, ids, calculation="", response=""):
             "prompt": TEMPLATES["toy"].replace("{context}", context)}
 
 
-def format_rows(random, texts, run, tokenizer):
+def format_rows(random, texts, run, tokenizer, count):
     """Make prompts that end anywhere in a document, with responses that box a guess."""
     documents, rows = [tokenizer.encode(text) for text in texts], []
-    for _ in range(run.steps * run.questions):
+    for _ in range(count):
         ids = random.choice(documents)
         rows.append(ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)]))
     return quick_rows(rows, run, tokenizer, *TOKEN)
@@ -121,35 +123,37 @@ def make_rows(stage, run, texts, corpus):
     if stage == "ability":
         return ability_rows(*source, count)
     tokenizer = Tokenizer(resolve(run.model))
-    if stage == "format":
-        return format_rows(random, texts, run, tokenizer)
+    if stage == "mixed":
+        held = hold_out(corpus, run.holdout, run.seed)
+        rows = [{"text": text} for text, out in zip(corpus, held) if not out]
+        return rows + worked_rows(*source, tokenizer, len(rows))
+    split = 0 if stage == "format" else round(WORKED * count)
+    rows = worked_rows(*source, tokenizer, split)
     if stage == "habit":
-        rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
-        return rows[:split] + quick_rows(rows[split:], run, tokenizer, *NUMBER)
-    held = hold_out(corpus, run.holdout, run.seed)
-    rows = [{"text": text} for text, out in zip(corpus, held) if not out]
-    return rows + worked_rows(*source, tokenizer, len(rows))
+        others = worked_rows(*source, tokenizer, count - split)
+        return rows + quick_rows(others, run, tokenizer, *NUMBER)
+    return rows + format_rows(random, texts, run, tokenizer, count - split)
 
 
 def main(argv=None):
-    given = sys.argv[1:] if argv is None else argv
-    if len(given) < 2 or given[0] not in STAGES or given[1].startswith("-"):
-        sys.exit(f"worked_start: error: begin with a stage ({', '.join(STAGES)}) and a file of "
-                 f"documents, not with {' '.join(given[:2]) or 'nothing'}")
-    stage, documents, *options = given
-    run = train.parse(options, COMMON | STAGES[stage])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("documents")
+    own, options = parser.parse_known_args(argv)
+    stage, defaults = own.stage, COMMON | STAGES[own.stage]
+    run = train.parse(options, defaults)
     try:
         corpus = read_texts(run.corpus)
-        texts = [text for text in read_texts(documents) if stage == "format" or "<<" in text]
+        texts = [text for text in read_texts(own.documents) if stage == "format" or "<<" in text]
         if not texts or set(texts) & set(corpus):
-            raise ValueError(f"{documents}: needs other texts than --corpus, with annotations "
+            raise ValueError(f"{own.documents}: needs other texts than --corpus, with annotations "
                              "unless the stage is format")
         rows, file = make_rows(stage, run, texts, corpus), Path(run.out) / "rows.jsonl"
     except (ValueError, OSError) as error:
         sys.exit(f"worked_start: error: {error}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train.main([*options, f"--corpus={file}", "--holdout=0"], defaults=COMMON | STAGES[stage])
+    write_rows(file, rows)
+    train.main([*options, f"--corpus={file}", "--holdout=0"], defaults=defaults)
 
 
 if __name__ == "__main__":
