@@ -246,7 +246,8 @@ def table(models: dict[str, dict], title: str = "accuracy") -> str:
     """Format summaries by model name in the form of the paper's tables."""
     splits = next(iter(models.values()))
     rows = [["", *(f"{split} ({of['questions']})" for split, of in splits.items())]]
-    for name in list(next(iter(splits.values())))[1:]:
+    names = (name for each in models.values() for of in each.values() for name in of)
+    for name in list(dict.fromkeys(names))[1:]:
         for model, of in models.items():
             factor = 1 if name == "length" else 100
             cells = (show_interval(split.get(name), factor) for split in of.values())
@@ -309,6 +310,7 @@ def main() -> None:
         sys.exit(__doc__)
     folder, options = Path(sys.argv[1]), sys.argv[2:]
     run = read_json(folder / "run.json")
+    run.pop("device", None)  # it may be another machine's
     model, out = (folder / "model", folder / "eval") if run else (folder, "runs/eval")
     train.main([f"--model={model}", f"--out={out}", "--steps=0", *options], defaults=run)
 

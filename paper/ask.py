@@ -24,6 +24,7 @@ def load(name: str, options: Sequence[str], **defaults) -> tuple[train.Run, Poli
     """Load the model of a run, directory or hub id. Return the options to ask it with, and it."""
     known = read_json(Path(name) / "run.json")
     model = Path(name) / "model" if known else name
+    known.pop("device", None)  # it may be another machine's
     run = train.parse([f"--model={model}", "--steps=0", *options], defaults=known | defaults)
     directory = resolve(run.model)
     return run, Policy(load_pretrained(directory, run.device, DTYPES[run.dtype]),

@@ -8,7 +8,8 @@ question that is hard for both does not widen the interval of a difference. `rea
 over samples.
 
 Plain prediction names one token, but a box may hold a longer prefix, such as a whole number, which
-is harder to get right. --first judges each box by its first character alone.
+is harder to get right. --first judges each box by its first character alone, as is fair where a
+digit is a token.
 """
 
 import sys
@@ -25,10 +26,11 @@ PAIRS = (("standard", "standard"), ("reasoning", "reasoning"), ("standard", "rea
 
 def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
     """Return a line for each pair of measures and split. Raise ValueError if questions differ."""
-    places = [[(row["document"], row["position"]) for row in rows] for rows in (first, second)]
-    if places[0] != places[1] or not places[0]:
-        raise ValueError("no records, or of other questions: evaluate both models with the same "
-                         "corpus, holdout, seed and number of questions")
+    asked = [[(row["document"], row["position"], row["truth"]) for row in rows]
+             for rows in (first, second)]
+    if asked[0] != asked[1] or not asked[0] or len(set(asked[0])) < len(asked[0]):
+        raise ValueError("no records, or of other questions or several steps: evaluate both models "
+                         "with the same corpus, holdout, seed and number of questions")
     splits, lines = SPLITS if first[0]["entropy"] is not None else {"all": -1.0}, []
     pairs = [(measures(x), measures(y), x["entropy"] or 0.0, x["document"])
              for x, y in zip(first, second)]
@@ -43,9 +45,10 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
 
 
 def by_first(records: Sequence[dict]) -> list[dict]:
-    """Return records in which a prediction is right if its first character is."""
-    return [row | {"rewards": [float((said or "").startswith(row["truth"][0]))
-                               for said in row["predictions"]]} for row in records]
+    """Return records of which only the first characters of predictions are left and judged."""
+    return [row | {"predictions": (cut := [said and said[:1] for said in row["predictions"]]),
+                   "rewards": [float(said == row["truth"][:1]) for said in cut]}
+            for row in records]
 
 
 if __name__ == "__main__":
@@ -55,6 +58,6 @@ if __name__ == "__main__":
         first, second = map(by_first if sys.argv[3:] else list,
                             map(read_rows, map(Path, sys.argv[1:3])))
         lines = differences(first, second)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"paper.compare: error: {error}")
     print(table({"A": summary(first), "B": summary(second)}, "both"), *lines, sep="\n")

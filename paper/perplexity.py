@@ -3,7 +3,8 @@
     python -m paper.perplexity MODEL_OR_RUN [train.py's options]
 
 RPT trains next-token reasoning, not plain prediction, so its perplexity is a control. The options
-of a run are the defaults, and its documents are those that it was never trained on.
+of a run are the defaults, and its documents are those that it was never trained on (of stages rpt
+and ntp: rlvr splits by the problems alone).
 """
 
 import math
@@ -45,6 +46,8 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         run, policy = load(sys.argv[1], sys.argv[2:])
+        if not run.corpus:
+            raise ValueError("no --corpus to measure it on")
         corpus = load_corpus(run.corpus, policy.tokenizer, run.holdout, run.seed, run.max_prompt)
         found = perplexity(policy.model, corpus)
     except (ValueError, OSError) as error:

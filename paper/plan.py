@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights, usable = parts["rollout weights"], USABLE * GB * machine.memory
     fixed, training = parts["master weights"] * 3 + weights, sum(parts.values()) - weights
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DTYPES[run.dtype].itemsize
-    groups = min(run.max_rows // run.group_size, -(-run.questions // machine.processes))
+    groups = min(max(1, run.max_rows // run.group_size), -(-run.questions // machine.processes))
     worst = groups * (run.group_size * run.max_response + run.max_prompt)
     room, cache = int((usable - fixed) / kv), min(worst, run.cache_tokens)
     shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
     print(f"{machine.processes} x {machine.memory} GB, GB per process: {shown}")
     print(f"rollout {(fixed + cache * kv) / GB:.1f} with keys and values of {cache:,} tokens; "
           f"training {training / GB:.1f}")
-    if room < run.max_prompt + run.max_response:
+    if room < run.max_prompt + run.group_size * run.max_response:
         print("DOES NOT FIT: weights and optimizer leave no room for keys and values: more "
               "processes or memory, or a smaller model")
     elif cache > room:

@@ -220,14 +220,18 @@ def test_splits_are_nested_and_their_intervals_are_over_documents(base, question
 
 def test_a_table_has_a_row_for_each_measure_and_model(base, says):
     task = says("</think>\\boxed{ A}")
-    first, second = (summary(evaluate(base, [Question((1, 2), (truth,), 4, 2, 0.7)], task))
-                     for truth in (b" A", b" B"))  # one document, two empty splits
+    records = [evaluate(base, [Question((1, 2), (truth,), 4, 2, 0.7)], task)[0]
+               for truth in (b" A", b" B")]  # one document, two empty splits
+    twice = {name: 2 * records[1][name] for name in ("rewards", "predictions", "tokens")}
+    first, second = summary(records[:1]), summary([records[1] | twice])
     _, columns, *lines = table({"a": first, "b": second}).splitlines()
     assert columns.split() == ["easy", "(1)", "medium", "(0)", "hard", "(0)"]
     found = [re.split("  +", line) for line in lines]
     assert [name for name, *_ in found] == [
-        f"{m}, {name}" for name in ("standard", "reasoning", "parsed", "length") for m in "ab"]
+        f"{m}, {name}" for name in ("standard", "reasoning", "parsed", "length", "majority vote",
+                                    "pass@2") for m in "ab"]
     assert [cells[1].split()[0] for cells in found[2:6]] == ["100.0", "0.0", "100.0", "100.0"]
+    assert [cells[1].split()[0] for cells in found[8:]] == ["-", "0.0"] * 2
     assert all(cells[2:] == ["-", "-"] for cells in found)
     json.dumps(first, allow_nan=False)
 
@@ -282,6 +286,8 @@ def test_a_run_is_measured_on_its_own_held_out_documents_wherever_it_is_moved(a_
     assert "majority vote" in said and "pass@2" in said and len(records) == 20
     assert all(corpus.held[record["document"]] for record in records)
     Path("disk/a").rename("moved")
+    known = Path("moved/run.json").read_text().replace('"device": "', '"device": "not-here-')
+    Path("moved/run.json").write_text(known)
     assert command("moved", "--samples 2") == (said, records)
     for other in ("--seed 1", "--holdout 30"):  # which hold out documents that were trained on
         with pytest.raises(SystemExit, match="hold out other documents"):

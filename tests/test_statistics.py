@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from eval import bootstrap_interval
+from eval import bootstrap_interval, measures
 from helpers import assert_rounds_to
-from paper.compare import differences
+from paper.compare import by_first, differences
 from paper.patterns import PATTERNS, reasoning_patterns
 
 
@@ -76,7 +76,8 @@ def test_a_response_shows_the_groups_of_the_whole_words_it_holds(response, group
 def test_paired_differences_are_those_of_the_same_questions():
     def record(n, standard, *rewards):
         return {"document": n // 2, "position": n, "entropy": 0.6 + n / 10, "standard": standard,
-                "rewards": rewards, "predictions": ["A"] * 4, "tokens": [3] * 4}
+                "truth": "720", "rewards": rewards, "tokens": [3] * 4,
+                "predictions": ["71", "72", "80", None]}
 
     first = [record(n, n % 2, 0.0, 1.0, 0.0, 0.0) for n in range(8)]
     second = [record(n, 1, 1.0, 1.0, n % 2, 0.0) for n in range(8)]
@@ -86,5 +87,9 @@ def test_paired_differences_are_those_of_the_same_questions():
     assert f"B's reasoning less A's reasoning, easy (8): {mean:+.1f} [{low:+.1f}, {high:+.1f}]" in \
         lines
     assert "B's standard less A's standard, easy (8): +50.0 [+50.0, +50.0]" in lines
-    with pytest.raises(ValueError, match="other questions"):
-        differences(first, second[1:])
+    judged = [measures(row) for row in by_first(first)]
+    assert all(of["reasoning"] == of["majority vote"] / 2 == 0.5 for of in judged)
+    for others in (second[1:], [row | {"truth": "8"} for row in second], second * 2,
+                   [row | {"document": 9} for row in second]):
+        with pytest.raises(ValueError, match="other questions"):
+            differences(first * (len(others) // 8 or 1), others)

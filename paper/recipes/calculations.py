@@ -145,6 +145,8 @@ def draw(random, avoid=()):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     random = Random(sys.argv[1])
     for _ in range(int(sys.argv[2])):
         calculation = draw(random)

@@ -21,10 +21,6 @@ def capitals(corpus, entropy, *how):
     return QuestionSet(corpus, entropy, places[keep])
 
 
-def main(argv=None):
-    train.select_positions = capitals
-    train.main(argv)
-
-
 if __name__ == "__main__":
-    main()
+    train.select_positions = capitals
+    train.main()

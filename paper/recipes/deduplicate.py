@@ -38,7 +38,10 @@ def near_duplicates(texts, held):
 
 
 def main(argv=None):
-    corpus, out, holdout, seed = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    if len(given) != 4:
+        sys.exit(__doc__)
+    corpus, out, holdout, seed = given
     documents = read_documents(corpus)
     texts = [document.given + document.text for document in documents]
     found = near_duplicates(texts, hold_out(texts, int(holdout), int(seed)))

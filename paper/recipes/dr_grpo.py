@@ -25,10 +25,6 @@ def accumulate(model, examples, method):
     return usual(model, [(prompt, list(map(weigh, group))) for prompt, group in examples], method)
 
 
-def main(argv=None):
-    rpt.accumulate = accumulate
-    train.main(argv)
-
-
 if __name__ == "__main__":
-    main()
+    rpt.accumulate = accumulate
+    train.main()

@@ -45,9 +45,5 @@ def likelihood(model, texts, ids):
     return model.logits(last_hidden(model, texts)).log_softmax(-1)[:, ids].logsumexp(-1)
 
 
-def main(argv=None):
-    train.main(argv, reward=partial(information_gain, train.parse(argv)))
-
-
 if __name__ == "__main__":
-    main()
+    train.main(reward=partial(information_gain, train.parse()))

@@ -18,10 +18,6 @@ def leave_one_out(rewards, scale_by_std=True):
     return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, rewards - others)
 
 
-def main(argv=None):
-    rpt.group_advantages = leave_one_out
-    train.main(argv)
-
-
 if __name__ == "__main__":
-    main()
+    rpt.group_advantages = leave_one_out
+    train.main()

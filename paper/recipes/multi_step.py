@@ -33,7 +33,7 @@ usual = train.select_positions
 def kind_of(before):
     """Tell from the bytes before a position what follows: the result of a "multi-step" or a
     "one-step" calculation, or text "elsewhere"."""
-    calculation = re.search(rb"<<([^<>=]+)=[\d.]*$", before)
+    calculation = re.search(rb"<<([^<>=]+)=[\d.]*\Z", before)
     if not calculation:
         return "elsewhere"
     numbers = re.findall(rb"\d+\.?\d*|\.\d+", calculation[1])

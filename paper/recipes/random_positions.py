@@ -24,10 +24,6 @@ def at_random(corpus, entropy, held, min_entropy, *where):
     return QuestionSet(corpus, entropy, places[keep])
 
 
-def main(argv=None):
-    train.select_positions = at_random
-    train.main(argv)
-
-
 if __name__ == "__main__":
-    main()
+    train.select_positions = at_random
+    train.main()

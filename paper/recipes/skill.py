@@ -12,7 +12,8 @@ calculations, write some by paper.recipes.calculations, and ask:
     python -m paper.recipes.skill OUT/records.jsonl
 
 A response is worked if its thought has a step. `share` is of all responses of the kind, and `steps`
-is the share of right steps. To look at divisions alone, begin with: grep '/[0-9]*=", "truth"' FILE
+is the share of a response's steps that are right, in the mean. To look at divisions alone, begin
+with: grep '/[0-9]*=", "truth"' FILE
 """
 
 import json
@@ -28,7 +29,7 @@ from paper.recipes.calculations import APPLY
 from paper.recipes.multi_step import kind_of
 from paper.report import svg
 
-STEP = re.compile(r"(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
+STEP = re.compile(r"(?<![-+*/.\d])(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
 
 
 def steps_of(response):
@@ -75,6 +76,8 @@ def picture(records):
 
 
 def main():
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     records = [json.loads(line) for line in open(sys.argv[1])]
     for figure in sys.argv[2:]:
         Path(figure).write_text(picture(records))

@@ -10,7 +10,7 @@ before it predicts. Each stage is supervised training that begins with the model
 
 Both files have calculator annotations such as <<120-40=80>>. b.jsonl is what RPT reads next (see
 multi_step.py), with the same --holdout and --seed; a.jsonl has other texts. The other options are
-train.py's. Use one process.
+train.py's. Use one process, and keep --steps: it decides how many rows are made.
 
 ability  plain text: random calculations worked place by place (calculations.py), single steps, and
          documents, so that language stays
@@ -20,12 +20,19 @@ habit    responses to contexts. A context is a document cut at an annotation, wi
 mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
          after supervised learning has had its turn
 
-Before the last stage only the expressions of the corpus are read. None of them is ever worked,
-though it may be a step of another one.
+Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
+spelled there, though it may be a step of another one.
 
-These three stages need annotations. For other texts there is `format`, which takes the place of all
-three. It teaches a model that never boxes a prediction to box one, the token that the model itself
-says after a context. RPT then has something to reward, but no thoughts to begin with.
+After these stages the model boxes numbers at every position. A run that asks at all positions
+starts from one stage more:
+
+anywhere WORKED of the responses work a random calculation, the others box a guess of one token
+         anywhere else. Where a result of a document begins there is no guess: the model would
+         learn to guess at the document's calculations and to work only the random ones
+
+For texts without annotations there is `format`, which takes the place of all. It teaches a model
+that never boxes a prediction to box one, the token that the model itself says after a context. RPT
+then has something to reward, but no thoughts to begin with.
 
 expected: after the three stages 95 % of responses to multi-step calculations work them, and 47.9 %
 are right (paper/results.md). The stages took 120, 17 and 26 minutes on two cores that other work
@@ -42,6 +49,7 @@ import train
 from data import TEMPLATES, Tokenizer, hold_out, read_documents
 from model import DTYPES, load_pretrained, resolve
 from paper.recipes.calculations import draw
+from paper.recipes.multi_step import kind_of
 from reward import box
 from sampler import generate
 from toy.make import write_rows
@@ -49,7 +57,7 @@ from toy.make import write_rows
 WORKED = 0.4
 TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
-NUMBER, TOKEN = (8, rb"\d*\.?\d+"), (1, rb" ?[^\s{}]+")  # guesses: tokens at most, form
+NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
           "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=90, lr=1e-4),
           "format": dict(steps=70, lr=1e-4)}
@@ -83,11 +91,14 @@ def ask(random, tokenizer, ids, calculation="", response=""):
 
 
 def format_rows(random, texts, run, tokenizer, count):
-    """Make prompts that end anywhere in a document, with responses that box a guess."""
+    """Make prompts that end anywhere in a document but where a result begins, with responses that
+    box a guess."""
     documents, rows = [tokenizer.encode(text) for text in texts], []
-    for _ in range(count):
+    while len(rows) < count:
         ids = random.choice(documents)
-        rows.append(ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)]))
+        row = ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)])
+        if kind_of(row["context"].encode()) == "elsewhere":
+            rows.append(row)
     return quick_rows(rows, run, tokenizer, *TOKEN)
 
 
@@ -111,8 +122,9 @@ def quick_rows(rows, run, tokenizer, length, form):
     said = generate(model, prompts, max_new_tokens=length, eos_ids=tokenizer.eos_ids,
                     seed=run.seed)
     for row, (completion,) in zip(rows, said):
-        if guess := re.match(form, tokenizer.bytes_of(completion.ids)):
-            quick.append(row | {"response": box(guess[0]).decode(errors="ignore")})
+        ids = [id for id in completion.ids if id not in tokenizer.special.values()]
+        if guess := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
+            quick.append(row | {"response": box(guess[0].encode()).decode()})
     return quick
 
 
@@ -149,10 +161,10 @@ def main(argv=None):
             raise ValueError(f"{own.documents}: needs other texts than --corpus, with annotations "
                              "unless the stage is format")
         rows, file = make_rows(stage, run, texts, corpus), Path(run.out) / "rows.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, rows)
     except (ValueError, OSError) as error:
         sys.exit(f"worked_start: error: {error}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(file, rows)
     train.main([*options, f"--corpus={file}", "--holdout=0"], defaults=defaults)
 
 
