@@ -10,7 +10,7 @@ before it predicts. Each stage is supervised training that begins with the model
 
 Both files have calculator annotations such as <<120-40=80>>. b.jsonl is what RPT reads next (see
 multi_step.py), with the same --holdout and --seed; a.jsonl has other texts. The other options are
-train.py's. Use one process, and keep --steps: it decides how many rows are made.
+train.py's. Use one process. Keep --steps, which decides how many rows there are (except in mixed).
 
 ability  plain text: random calculations worked place by place (calculations.py), single steps, and
          documents, so that language stays
@@ -34,7 +34,7 @@ For texts without annotations there is `format`, which takes the place of all. I
 that never boxes a prediction to box one, the token that the model itself says after a context. RPT
 then has something to reward, but no thoughts to begin with.
 
-expected: after the three stages 95 % of responses to multi-step calculations work them, and 47.9 %
+expected: after the three stages 93 % of responses to multi-step calculations work them, and 47.9 %
 are right (paper/results.md). The stages took 120, 17 and 26 minutes on two cores that other work
 shared; format has only been run on the toy.
 """
