@@ -105,7 +105,9 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
                 elsewhere = multi_step.kind_of(context.encode()) == "elsewhere"
                 assert elsewhere == (stage != "habit") and "|>" not in response
             elif response:
-                assert context.endswith(f"<<{response.partition(':')[0]}=")
+                asked = response.partition(":")[0]
+                assert context.endswith(f"<<{asked}=")
+                assert (f"{asked} = <<" in context) == (stage == "anywhere")
         boxed = said.count(r"</think>\\boxed{")
         assert (boxed == said.count("\n")) == (stage not in ("ability", "mixed"))
 

@@ -27,8 +27,8 @@ After these stages the model boxes numbers at every position. A run that asks at
 starts from one stage more:
 
 anywhere WORKED of the responses work a random calculation, the others box a guess of one token
-         anywhere else. Where a result of a document begins there is no guess: the model would
-         learn to guess at the document's calculations and to work only the random ones
+         anywhere but where a result begins. The calculation stands alone in its line. Otherwise the
+         model tells foreign calculations by their surroundings, and works only those
 
 For texts without annotations there is `format`, which takes the place of all. It teaches a model
 that never boxes a prediction to box one, the token that the model itself says after a context. RPT
@@ -59,7 +59,7 @@ TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=90, lr=1e-4),
+          "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=60, lr=1e-4),
           "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
@@ -102,12 +102,15 @@ def format_rows(random, texts, run, tokenizer, count):
     return quick_rows(rows, run, tokenizer, *TOKEN)
 
 
-def worked_rows(random, texts, avoid, tokenizer, count):
-    """Make prompts that end in a random calculation, with responses that work it."""
+def worked_rows(random, texts, avoid, tokenizer, count, named=False):
+    """Make prompts that end in a random calculation, with responses that work it. The line of a
+    `named` one begins with it, so that it does not look foreign there."""
     rows = []
     for _ in range(count):
         calculation, parts = draw(random, avoid), random.choice(texts).split("<<")
         before = "<<".join(parts[: random.randrange(1, len(parts))])
+        if named:
+            before = "\n".join([*before.split("\n")[:-1], f"{calculation.expression} = "])
         response = f"{calculation.thought}\n{box(calculation.result.encode()).decode()}"
         rows.append(ask(random, tokenizer, tokenizer.encode(before),
                         f"<<{calculation.expression}=", response))
@@ -140,7 +143,7 @@ def make_rows(stage, run, texts, corpus):
         rows = [{"text": text} for text, out in zip(corpus, held) if not out]
         return rows + worked_rows(*source, tokenizer, len(rows))
     split = 0 if stage == "format" else round(WORKED * count)
-    rows = worked_rows(*source, tokenizer, split)
+    rows = worked_rows(*source, tokenizer, split, stage == "anywhere")
     if stage == "habit":
         others = worked_rows(*source, tokenizer, count - split)
         return rows + quick_rows(others, run, tokenizer, *NUMBER)
