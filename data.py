@@ -7,7 +7,7 @@ r"""From text to questions: tokenizer, chat format, corpora, the filter of posit
 
 Text is bytes from here to the reward, because a token may end inside a character. Nothing here
 needs a model. A corpus is held in memory, four bytes a token. RPT asks about some hundred thousand
-positions, so 10^8 tokens are plenty; sample a larger corpus first.
+positions, so 10^8 tokens are plenty; sample from a larger corpus first.
 """
 
 import hashlib
@@ -49,8 +49,9 @@ def read_json(file: Path) -> dict:
 class Tokenizer:
     """A byte-level BPE tokenizer.json with the exact bytes of every token, and its chat template.
 
-    Text is encoded as text: a corpus that spells `<think>` does not get the special token. A chat
-    template that shows the date shows `today` (an ISO date), also after it is saved.
+    Documents are encoded as plain text: `<think>` in one is not the special token. In rows of prompt
+    and response it is. A chat template that shows the date shows `today` (an ISO date), also after
+    it is saved.
     """
 
     def __init__(self, directory: str | Path, today: str = ""):
@@ -91,7 +92,7 @@ class Tokenizer:
                              f"tokenizer_config.json cannot be used ({error})") from None
 
     def _read_template(self, bos: str, eos: str, today: str) -> None:
-        """Render the chat template around a user's prompt and behind an assistant's message."""
+        """Render the chat template around a user's prompt and after an assistant's message."""
         day = date.fromisoformat(today) if today else date.today()
         beside = self.directory / "chat_template.jinja"
         template = (beside.read_text() if beside.exists() else self.config.get("chat_template")
@@ -166,7 +167,7 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------------------- corpora
 
-NOT_TEXT = (".", "readme", "licen", "requirements")  # file names of a folder
+NOT_TEXT = (".", "readme", "licen", "requirements")  # how the names of other files begin
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,9 @@ def read_files(source: str | Path) -> Iterator[tuple[dict, str]]:
 
 
 def read_documents(source: str | Path) -> list[Document]:
-    """Read a corpus. A row has `text`, or `prompt` and `response`, or `problem` (`question`) with
-    `solution`, `answer` or both. Raise ValueError, naming file and line, for other rows."""
+    """Read a corpus. A row has `text`, or `prompt` and `response`, or `problem` (`question`), with
+    `solution`, `answer`, both or none. Rows of empty text are skipped. Raise ValueError, naming file
+    and line, for rows without these fields."""
     documents = []
     for row, where in read_files(source):
         text, prompt, response = (field_of(row, name) for name in ("text", "prompt", "response"))
@@ -366,8 +368,8 @@ def answer_questions(source: str | Path, tokenizer: Tokenizer, max_prompt: int, 
                      seed: int = 0) -> tuple[list[Question], list[Question]]:
     """Read problems with verifiable answers: those to train on, and those held out.
 
-    Leave out, and count on the screen, problems longer than max_prompt and those whose answer no
-    response can earn.
+    Leave out problems longer than max_prompt and those whose answer no response can earn, and print
+    how many.
     """
     documents, sets = read_documents(source), ([], [])
     problems = [document.given.strip() or document.text for document in documents]

@@ -57,7 +57,7 @@ class Task(Method):
     eval_questions: int = option(500, "questions of each kind in an evaluation", least=0)
     samples: int = option(1, "responses to each; above 1 also majority vote and pass@k")
     seed: int = option(0, "decides the order of the data and every sampled token", least=0)
-    date: str = option("", "YYYY-MM-DD, for chat templates that show it (default: the first day)")
+    date: str = option("", "YYYY-MM-DD, for chat templates that show it (default: the day it began)")
     dtype: str = option("float32", "of the computation", choices=("float32", "bfloat16"))
     device: str = option(DEVICE, "cuda is also ROCm's name", choices=("cpu", DEVICE))
     cache: str = option("runs/cache", "folder of the entropies")
@@ -205,7 +205,7 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int],
     """Return (mean, low, high) of values [N], low and high by the 95 % percentile bootstrap.
 
     Whole clusters are resampled, because positions of one document are not independent. Every value
-    weighs the same. Of few clusters the interval is too narrow; of one it has no width.
+    weighs the same. With few clusters the interval is too narrow; with one it has no width.
     """
     _, member = np.unique(clusters, return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [clusters]
@@ -221,7 +221,7 @@ def measures(record: dict) -> dict[str, float]:
              "parsed": np.mean([prediction is not None for prediction in said]),
              "length": np.mean(record["tokens"])}
     if len(rewards) > 1:
-        # Spellings of an answer vote together, but the bytes of a next token are what they are.
+        # Spellings of an answer vote together, but next tokens must be equal byte for byte.
         same = value if record["entropy"] is None else str
         votes = [None if prediction is None else same(prediction) for prediction in said]
         winner = Counter(vote for vote in votes if vote is not None).most_common(1)

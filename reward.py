@@ -55,7 +55,7 @@ def prefix_match(prediction: bytes | None, truth: Sequence[bytes]) -> float:
 
 
 def box(prediction: bytes) -> bytes:
-    """Return a response that predicts these bytes, if any can: none can predict a lone brace."""
+    """Return a response that predicts these bytes. A lone brace cannot be boxed."""
     return END_OF_THINKING + b"\\boxed{" + prediction + b"}"
 
 
@@ -131,8 +131,8 @@ def prefix(responses: Sequence[bytes], question, policy) -> list[float]:
 def first_token(responses: Sequence[bytes], question, policy) -> list[float]:
     """Appendix A, scheme 1: 1.0 iff the prediction's first token is right; the rest is ignored.
 
-    The tokenizer sees the prediction alone. If it splits it otherwise than it split the document,
-    the first token is a different one.
+    The tokenizer sees the prediction alone. It may split the text differently than in the document,
+    and then the first token differs.
     """
     return [float(policy.tokenizer.tokens(p or b"")[:1] == [question.truth[0]])
             for p in predictions_of(responses)]

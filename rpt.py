@@ -15,9 +15,9 @@ This is GRPO, with these choices:
    in the sampler's log-probabilities and in the loss.
 3. The loss is a mean over all tokens of the step, on all processes (DAPO). So every token weighs
    the same, and the update does not depend on micro-batches or on the number of processes.
-4. A group with equal rewards has no gradient and is not computed, but its tokens count in the mean.
-   A step without any informative group makes no optimizer step, because AdamW's momentum and weight
-   decay would move the weights.
+4. A group with equal rewards has no gradient and is not computed, but its tokens count in the mean
+   (unless dynamic sampling replaces it). A step without any informative group makes no optimizer
+   step, because AdamW's momentum and weight decay would move the weights.
 5. A response that hits the length limit is passed to the reward as b"", because it would have gone
    on. It is trained like any other (no overlong filtering), so running on becomes less likely.
 
@@ -250,8 +250,8 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequenc
     """Make `method.updates` optimizer steps on the groups of all processes; returns the metrics,
     the same on every process.
 
-    They are those of the first step, before the weights move, but `skipped` is the last step's. A
-    step that is not finite changes nothing; the steps before it stay.
+    The metrics are of the first optimizer step, before the weights move; only `skipped` is of the
+    last. A step that is not finite changes nothing; the steps before it stay.
     """
     tokens, informative = all_sum(sum(len(c.ids) for g in groups for c in g.completions),
                                   sum(group.informative for group in groups))

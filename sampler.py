@@ -5,10 +5,11 @@ stored once: each step multiplies the queries of a whole group with them in one 
 
 Rows are decoded in waves. All rows of a wave start together, so they always have the same age.
 When its cache grows, rows that have ended leave the wave. If its keys and values would outgrow
-`cache_tokens`, the later half of its prompts is given up and decoded again in a later, smaller
-wave. They draw the same tokens again, because each (seed, key, sample, position) has one uniform
-number, which inverts the cumulative distribution. So a completion does not depend, up to rounding,
-on its neighbours, on the number of processes or on a restart.
+`cache_tokens`, about the later half of its rows, whole prompts at a time, is given up and decoded
+again in a later, smaller wave. They draw the same tokens again, because each (seed, key, sample,
+position) has one uniform number, and the inverse cumulative distribution maps it to a token. So a
+completion does not depend, up to rounding, on its neighbours, on the number of processes or on a
+restart.
 
 Not supported: top-k and top-p. The policy loss would then train another distribution than the one
 that was sampled.
@@ -88,7 +89,7 @@ class KVCache:
     """Keys and values of a wave: of its prompts, and of the tokens that its rows have sampled.
 
     By layer [2, kv_heads, prompts or rows, columns, d]. Between two calls of `keep`, a forward pass
-    reads and writes the same tensors and asks the device nothing, so it can be recorded (see
+    reads and writes the same tensors and never waits for the device, so it can be recorded (see
     `capture`). The plain form is the `cache` of toy/mini.py's `rollout`, in which every row holds
     its whole prompt.
     """
@@ -169,7 +170,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty: it needs at least one token")
     keys, how, done = range(len(prompts)) if keys is None else keys, Sampling(**sampling), {}
-    waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # like lengths together
+    waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # similar lengths together
     width = most = max(1, how.max_rows // how.samples)
     while waiting:
         longest = len(prompts[waiting[0]])
@@ -190,8 +191,9 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
            how: Sampling) -> dict[int, list[Completion]]:
     """Decode a wave. uniform: [prompts * samples, max_new_tokens].
 
-    When the cache outgrows `cache_tokens`, the later half of the rows is given up, but never those
-    of the first prompt, so that every wave completes one. Returns what was completed, by prompt.
+    When the cache outgrows `cache_tokens`, the rows of about the later half of the prompts are given
+    up, but never those of the first, so that every wave completes one. Returns what was completed,
+    by prompt.
     """
     uniform = uniform.to(model.head.device)
     prefix = Prompts(list(map(len, prompts)), uniform.device)

@@ -9,8 +9,8 @@
 
 The same command again continues from the last checkpoint. SIGTERM and Ctrl-C finish the step and
 write one; torchrun kills 30 s after SIGTERM, so set --save-every where a step takes longer. Master
-weights, their gradients and all reductions are float32; the computation is in --dtype. A program of
-your own may call `main` with a reward or a step: see paper/recipes.
+weights, their gradients and the reductions of these are float32; the computation is in --dtype. A
+program of your own may call `main` with a reward or a step: see paper/recipes.
 """
 
 import atexit
@@ -114,7 +114,7 @@ def parse(argv: Sequence[str] | None = None, defaults: dict | None = None) -> Ru
 
 
 def start(run: Run) -> torch.device:
-    """Join the process group, if there are several processes or the master weights are sharded."""
+    """Join the process group, if there are several processes or --dtype is not float32."""
     local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(run.device, None if run.device == "cpu" else local)
     if device.type != "cpu":

@@ -16,14 +16,14 @@ parameters with its tokenizer, trained by train.py's stage ntp on other stories 
 
     20 % plain stories.
     55 % solved problems, a fifth of them multiple choice. The annotator follows the ball swap by
-         swap, errs at each swap with probability ERRS, and goes on from the wrong cup.
+         swap, takes a random cup after a swap with probability ERRS, and goes on from there.
     25 % next-token questions. The annotator guesses 19 of 20 without any reasoning, and follows the
          ball in the others.
 
 So the base reasons badly about problems, and seldom about the next token. RPT can mend both from
 plain stories alone. Nothing here is a finding about language. With seed 0 the base answers 79 % of
-the problems and 70 % of the choices. Of held-out stories it predicts 35, 21 and 18 % without
-reasoning (above 0.5, 1.0, 1.5 nats), and 28, 19 and 14 % with it.
+the problems and 70 % of the choices. Of held-out stories it predicts 40, 25 and 21 % without
+reasoning (above 0.5, 1.0, 1.5 nats), and 32, 24 and 21 % with it.
 
 The text is bitwise the same on every machine; training differs by rounding.
 """

@@ -110,7 +110,7 @@ def main(argv=None):
     heading(f"3. The prompt, {len(group.prompt)} tokens")
     print(f"    {group.prompt}\n    {to_text(tokenizer.bytes_of(group.prompt))!r}")
     heading(f"4. {len(group.completions)} responses, and what they earn "
-            f"(question {draw + 1} that was drawn)")
+            f"(drawn as number {draw + 1})")
     show_group(group, advantages)
     heading("5. The loss, before the update: - weight min(r A, clip(r) A); r is 1 on-policy")
     show_losses(policy, group, n, advantages[n], run)

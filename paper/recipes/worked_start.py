@@ -32,7 +32,9 @@ anywhere WORKED of the responses work a random calculation, the others box a gue
 
 For texts without annotations there is `format`, which takes the place of all. It teaches a model
 that never boxes a prediction to box one, the token that the model itself says after a context. RPT
-then has something to reward, but no thoughts to begin with.
+then has something to reward, but no thoughts to begin with:
+
+    python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
 expected: after the three stages 93 % of responses to multi-step calculations work them, and 47.9 %
 are right (paper/results.md). The stages took 120, 17 and 26 minutes on two cores that other work
