@@ -4,10 +4,10 @@ r"""Another filter: keep the usual positions where the result of a calculation b
         --corpus b.jsonl --holdout 700 --template toy --min-context 8 --max-prompt 384 \
         --max-response 128 --lr 4e-5 --weight-decay 0 --steps 40 --dtype bfloat16 --out runs/multi
     python -m paper.recipes.multi_step eval runs/multi --samples 8
-    [--kind multi-step | results]  [--all-digits]
+    [--kind multi-step | one-step | results]  [--all-digits]
 
 A calculation is an annotation such as <<120-40-24=56>>. It is multi-step if it has three numbers or
-more, or two of at least two significant digits each. --kind results asks about all of them, and
+more, or two of at least two significant digits each. --kind results asks about both kinds, and
 --all-digits also after the first digits of a result. The text before a position alone decides, so
 the filter tells nothing about the result.
 
@@ -26,7 +26,8 @@ import eval as evaluation
 import train
 from data import QuestionSet
 
-KINDS = {"multi-step": ["multi-step"], "results": ["multi-step", "one-step"]}
+KINDS = {"multi-step": ["multi-step"], "one-step": ["one-step"],
+         "results": ["multi-step", "one-step"]}
 usual = train.select_positions
 
 
