@@ -156,7 +156,7 @@ def test_one_step_by_hand_prints_what_the_modules_do(capsys):
     step.main(["--recipe", "toy", "--seed", "1"])
     out = capsys.readouterr().out
     stored = (Path(step.__file__).parent / "step.md").read_text()
-    printed, stored = (re.sub(r"[-+]?\d+\.\d+", "#", text).split("\n") for text in (out, stored))
+    printed, stored = (re.sub(r" *[-+]?\d+\.\d+", " #", text).split("\n") for text in (out, stored))
     assert printed == stored[4 - 1:]
     for group in re.split(r"\n[4567]\. ", out)[1::3]:
         said = [float(r) for r in re.findall(r"reward ([01]),", group)]
