@@ -22,7 +22,7 @@ from paper.report import read_rows
 TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
        "--max-response 100 --steps 2 --questions 4 --group-size 4")
-STAGES = {"format": 2, "anywhere": 2, "ability": 8, "habit": 50, "mixed": 2}
+STAGES = {"format": 2, "ability": 16, "habit": 50, "mixed": 2}
 
 
 def exact(expression):
@@ -99,18 +99,15 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
         assert [text in said for text in corpus] == [stage == "mixed" and not out for out in held]
         assert avoid.isdisjoint(re.findall(r'(?:"|\\n)([^ :="]+)[:=]', said))
         worked = re.findall(r'"([^ "]+): [^"]*=(.*?)\\n</think>\\\\boxed{(.*?)}', said)
-        assert len(worked) == {"habit": 320, "mixed": 120, "anywhere": 13}.get(stage, 0)
+        assert len(worked) == {"habit": 320, "mixed": 120}.get(stage, 0)
         assert all(exact(e) == Fraction(value) == Fraction(boxed) for e, value, boxed in worked)
         for row in map(json.loads, said.splitlines()):
             context, response = row.get("context", ""), row.get("response", "")
             assert row.get("prompt", "Next token?\n") == f"Next token?\n{context}"
             if response.startswith("</think>"):  # a guess
-                elsewhere = multi_step.kind_of(context.encode()) == "elsewhere"
-                assert elsewhere == (stage != "habit") and "|>" not in response
+                assert context.endswith("=") >= (stage == "habit") and "|>" not in response
             elif response:
-                asked = response.partition(":")[0]
-                assert context.endswith(f"<<{asked}=")
-                assert (f"{asked} = <<" in context) == (stage == "anywhere")
+                assert context.endswith(f"<<{response.partition(':')[0]}=")
         boxed = said.count(r"</think>\\boxed{")
         assert (boxed == said.count("\n")) == (stage not in ("ability", "mixed"))
 

@@ -23,16 +23,11 @@ mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), 
 Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
 spelled there, though it may be a step of another one.
 
-After these stages the model boxes numbers at every position. A run that asks at all positions
-starts from one stage more:
-
-anywhere WORKED of the responses work a random calculation, the others box a guess of one token
-         anywhere but where a result begins. The calculation stands alone in its line. Otherwise the
-         model tells foreign calculations by their surroundings, and works only those
-
-For texts without annotations there is `format`, which takes the place of all. It teaches a model
-that never boxes a prediction to box one, the token that the model itself says after a context. RPT
-then has something to reward, but no thoughts to begin with:
+After these stages the model boxes numbers at every position, so ask it at results only (what was
+tried for all positions is in paper/log.md). For texts without annotations there is `format`, which
+takes the place of all three. It teaches a model that never boxes a prediction to box one, the token
+that the model itself says after a context. RPT then has something to reward, but no thoughts to
+begin with:
 
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
@@ -51,7 +46,6 @@ import train
 from data import TEMPLATES, Tokenizer, hold_out, read_documents
 from model import DTYPES, load_pretrained, resolve
 from paper.recipes.calculations import draw
-from paper.recipes.multi_step import kind_of
 from reward import box
 from sampler import generate
 from toy.make import write_rows
@@ -61,8 +55,7 @@ TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=60, lr=1e-4),
-          "format": dict(steps=70, lr=1e-4)}
+          "mixed": dict(steps=66, lr=3e-5), "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
 
@@ -93,26 +86,20 @@ def ask(random, tokenizer, ids, calculation="", response=""):
 
 
 def format_rows(random, texts, run, tokenizer, count):
-    """Make prompts that end anywhere in a document but where a result begins, with responses that
-    box a guess."""
+    """Make prompts that end anywhere in a document, with responses that box a guess."""
     documents, rows = [tokenizer.encode(text) for text in texts], []
-    while len(rows) < count:
+    for _ in range(count):
         ids = random.choice(documents)
-        row = ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)])
-        if kind_of(row["context"].encode()) == "elsewhere":
-            rows.append(row)
+        rows.append(ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)]))
     return quick_rows(rows, run, tokenizer, *TOKEN)
 
 
-def worked_rows(random, texts, avoid, tokenizer, count, named=False):
-    """Make prompts that end in a random calculation, with responses that work it. The line of a
-    `named` one begins with it, so that it does not look foreign there."""
+def worked_rows(random, texts, avoid, tokenizer, count):
+    """Make prompts that end in a random calculation, with responses that work it."""
     rows = []
     for _ in range(count):
         calculation, parts = draw(random, avoid), random.choice(texts).split("<<")
         before = "<<".join(parts[: random.randrange(1, len(parts))])
-        if named:
-            before = "\n".join([*before.split("\n")[:-1], f"{calculation.expression} = "])
         response = f"{calculation.thought}\n{box(calculation.result.encode()).decode()}"
         rows.append(ask(random, tokenizer, tokenizer.encode(before),
                         f"<<{calculation.expression}=", response))
@@ -140,16 +127,14 @@ def make_rows(stage, run, texts, corpus):
     if stage == "ability":
         return ability_rows(*source, count)
     tokenizer = Tokenizer(resolve(run.model))
-    if stage == "mixed":
-        held = hold_out(corpus, run.holdout, run.seed)
-        rows = [{"text": text} for text, out in zip(corpus, held) if not out]
-        return rows + worked_rows(*source, tokenizer, len(rows))
-    split = 0 if stage == "format" else round(WORKED * count)
-    rows = worked_rows(*source, tokenizer, split, stage == "anywhere")
+    if stage == "format":
+        return format_rows(random, texts, run, tokenizer, count)
     if stage == "habit":
-        others = worked_rows(*source, tokenizer, count - split)
-        return rows + quick_rows(others, run, tokenizer, *NUMBER)
-    return rows + format_rows(random, texts, run, tokenizer, count - split)
+        rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
+        return rows[:split] + quick_rows(rows[split:], run, tokenizer, *NUMBER)
+    held = hold_out(corpus, run.holdout, run.seed)
+    rows = [{"text": text} for text, out in zip(corpus, held) if not out]
+    return rows + worked_rows(*source, tokenizer, len(rows))
 
 
 def main(argv=None):
