@@ -49,9 +49,9 @@ def read_json(file: Path) -> dict:
 class Tokenizer:
     """A byte-level BPE tokenizer.json with the exact bytes of every token, and its chat template.
 
-    Documents are encoded as plain text: `<think>` in one is not the special token. In rows of prompt
-    and response it is. A chat template that shows the date shows `today` (an ISO date), also after
-    it is saved.
+    Documents are encoded as plain text: `<think>` in one is not the special token. In rows of
+    prompt and response it is. A chat template that shows the date shows `today` (an ISO date), also
+    after it is saved.
     """
 
     def __init__(self, directory: str | Path, today: str = ""):
@@ -227,8 +227,8 @@ def read_files(source: str | Path) -> Iterator[tuple[dict, str]]:
 
 def read_documents(source: str | Path) -> list[Document]:
     """Read a corpus. A row has `text`, or `prompt` and `response`, or `problem` (`question`), with
-    `solution`, `answer`, both or none. Rows of empty text are skipped. Raise ValueError, naming file
-    and line, for rows without these fields."""
+    `solution`, `answer`, both or none. Rows of empty text are skipped. Raise ValueError, naming
+    file and line, for rows without these fields."""
     documents = []
     for row, where in read_files(source):
         text, prompt, response = (field_of(row, name) for name in ("text", "prompt", "response"))

@@ -170,7 +170,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty: it needs at least one token")
     keys, how, done = range(len(prompts)) if keys is None else keys, Sampling(**sampling), {}
-    waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # similar lengths together
+    waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # like with like
     width = most = max(1, how.max_rows // how.samples)
     while waiting:
         longest = len(prompts[waiting[0]])
@@ -191,9 +191,9 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], uniform: Tensor
            how: Sampling) -> dict[int, list[Completion]]:
     """Decode a wave. uniform: [prompts * samples, max_new_tokens].
 
-    When the cache outgrows `cache_tokens`, the rows of about the later half of the prompts are given
-    up, but never those of the first, so that every wave completes one. Returns what was completed,
-    by prompt.
+    When the cache outgrows `cache_tokens`, the rows of about the later half of the prompts are
+    given up, but never those of the first, so that every wave completes one. Returns what was
+    completed, by prompt.
     """
     uniform = uniform.to(model.head.device)
     prefix = Prompts(list(map(len, prompts)), uniform.device)
