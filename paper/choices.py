@@ -51,6 +51,8 @@ def main(argv=None) -> None:
     run, policy = load(args.model, options)
     questions = read_choices(args.choices, policy.tokenizer)
     Random(run.seed).shuffle(questions)  # files are often sorted by subject
+    if not questions[: run.eval_questions]:
+        raise ValueError(f"{args.choices}: no questions to ask")
     records = evaluate(policy, questions[: run.eval_questions], replace(run, template="plain"),
                        is_right)
     print(table({args.model: summary(records)}, "choices"))
@@ -59,5 +61,7 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyError as error:
+        sys.exit(f"paper.choices: error: a row of --choices has no {error}")
     except (ValueError, OSError) as error:
         sys.exit(f"paper.choices: error: {error}")

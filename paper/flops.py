@@ -52,5 +52,7 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
     for name in sys.argv[1:]:
+        if not (Path(name) / "metrics.jsonl").exists():
+            sys.exit(f"paper.flops: error: {name}: no metrics.jsonl; give the folder of a run")
         flops = spend(Path(name))
         print(f"{name}: {flops.sum():.3e} FLOP in {len(flops)} steps")

@@ -39,6 +39,8 @@ def reasoning_patterns(responses: Sequence[str]) -> dict[str, float]:
 def main(folder: str) -> None:
     """Print the shares of each tenth of a run."""
     rows = read_rows(Path(folder) / "rollouts.jsonl")
+    if not rows:
+        sys.exit(f"paper.patterns: error: {folder}: no rollouts.jsonl, or an empty one")
     steps = 1 + rows[-1]["step"]
     print("  ".join(f"{name:>10}" for name in ["tenth", *PATTERNS]))
     for tenth in range(10):

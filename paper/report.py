@@ -114,6 +114,8 @@ def curves(runs: dict[str, Path]) -> Iterator[str]:
 def picture(folder: Path) -> str:
     """Return an SVG for a README: a run's reward and held-out accuracy against the step."""
     rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    if not rows or not evals or "reward" not in rows[0]:
+        raise ValueError(f"{folder}: no rewards and evaluations to draw")
     lines = {"RPT, mean reward of a step": [(row["step"], row["reward"]) for row in rows]}
     for split in evals[0]["held-out"]:
         lines[f"RPT, accuracy on held-out positions, {split}"] = [

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 import xml.etree.ElementTree as ElementTree
 from html import unescape
 
@@ -86,3 +88,22 @@ def test_a_model_is_asked_choices_and_what_comes_next(toy, tmp_path, capsys):
     assert re.findall(r"^(\d)\. ", said, re.M) == list("1234") and "\nvotes: ' " in said
     likely = plain_logits(policy.model, tokenizer.encode("The ball is"))[-1].softmax(-1).max()
     assert f"plain next token: ' under' {likely:.3f}, " in said
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    ("paper.patterns nothing", "nothing: no rollouts"),
+    ("paper.flops nothing", "nothing: no metrics"),
+    ("paper.report toy --out x.svg", "toy: no rewards"),
+    ("paper.perplexity toy/base", "no --corpus"),
+    ("paper.choices toy/base --choices empty.jsonl", "no questions to ask"),
+    ("paper.choices toy/base --choices toy/choices.jsonl", "has no 'options'"),
+    ("paper.compare toy toy", "toy"), ("paper.compare empty.jsonl empty.jsonl", "no records"),
+    *((f"paper.recipes.{name}", name) for name in ("calculations", "deduplicate", "skill"))])
+def test_a_wrong_file_is_one_sentence(toy, tmp_path, monkeypatch, command, says):
+    module, *arguments = command.split()
+    (tmp_path / "toy").symlink_to(toy)
+    (tmp_path / "empty.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit, match=says):
+        runpy.run_module(module, run_name="__main__")
