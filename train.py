@@ -120,13 +120,15 @@ def start(run: Run) -> torch.device:
     if device.type != "cpu":
         torch.accelerator.set_device_index(local)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    # After a collective has returned, Gloo's threads still release its tensors. With torch 2.14
-    # they abort the process if the interpreter has ended by then, so wait a moment at exit.
-    atexit.register(time.sleep, 0.2)
     if world > 1:
         dist.init_process_group(backend)
     elif run.dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        return device
+    # After a collective has returned, Gloo's threads still release its tensors. With torch 2.14
+    # they abort the process if the interpreter has ended by then, so wait a moment at exit.
+    atexit.register(time.sleep, 0.2)
     return device
 
 
