@@ -29,8 +29,8 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
     asked = [[(row["document"], row["position"], row["truth"]) for row in rows]
              for rows in (first, second)]
     if asked[0] != asked[1] or not asked[0] or len(set(asked[0])) < len(asked[0]):
-        raise ValueError("no records, or of other questions or several steps: evaluate both models "
-                         "with the same corpus, holdout, seed and number of questions")
+        raise ValueError("no records, other questions, or several steps: evaluate both models with "
+                         "the same corpus, holdout, seed and number of questions")
     splits, lines = SPLITS if first[0]["entropy"] is not None else {"all": -1.0}, []
     pairs = [(measures(x), measures(y), x["entropy"] or 0.0, x["document"])
              for x, y in zip(first, second)]

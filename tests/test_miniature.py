@@ -98,4 +98,6 @@ def test_the_plan_counts_the_bytes_of_the_shards(capsys):
     assert "master weights 7.4" in said and "rollout weights 29.5" in said  # 14.77 billion / 8
     tokens = re.search(r"--cache-tokens \d+ (?=makes)", said)[0]
     assert "DOES NOT FIT" not in planned(tokens)
-    assert "leave no room" in planned("--processes 1 --memory 192")
+    for too_little in ("--processes 1 --memory 192", "--memory 62"):  # for one group's cache
+        assert "leave no room" in planned(too_little)
+    assert " of 0 tokens" not in planned("--max-rows 4")

@@ -18,6 +18,7 @@ from paper.compare import by_first, differences
 from paper.recipes import calculations, multi_step, skill, worked_start
 from paper.recipes.calculations import draw, work
 from paper.report import read_rows
+from sampler import Completion
 
 TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
@@ -105,11 +106,22 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
             context, response = row.get("context", ""), row.get("response", "")
             assert row.get("prompt", "Next token?\n") == f"Next token?\n{context}"
             if response.startswith("</think>"):  # a guess
-                assert context.endswith("=") >= (stage == "habit") and "|>" not in response
+                assert "|>" not in response
+                assert stage == "format" or re.search("<<[^<>=]+=$", context)
             elif response:
                 assert context.endswith(f"<<{response.partition(':')[0]}=")
         boxed = said.count(r"</think>\\boxed{")
         assert (boxed == said.count("\n")) == (stage not in ("ability", "mixed"))
+
+
+def test_a_guess_is_a_whole_token_of_text(toy, monkeypatch):
+    tokenizer = Tokenizer(toy / "base")
+    said = [tokenizer.eos_ids, *map(tokenizer.encode, (" D}", " D")), tokenizer.encode("é")[:1]]
+    monkeypatch.setattr(worked_start, "generate",
+                        lambda *_, **how: [[Completion(ids, [], True)] for ids in said])
+    (row,) = worked_start.quick_rows([{"context": "x"}] * 4, train.parse([]), tokenizer,
+                                     *worked_start.TOKEN)
+    assert row["response"] == "</think>\\boxed{ D}"
 
 
 @pytest.mark.parametrize("words", ["abilty a", "habit a --model m --corpus no/such/file"])
@@ -178,3 +190,7 @@ def test_the_recorded_figures_are_those_of_the_recorded_responses(seed):
             f"format alone {format_alone} would have.") in " ".join(page.split())
     if not seed:
         assert skill.picture(groups) == (ROOT / "paper/results/worked.svg").read_text()
+        found = (read_rows(real / f"worked-one-step-{name}-records.jsonl")
+                 for name in ("start", "rpt"))
+        assert " to ".join(show_interval(summary(records)["easy"]["reasoning"], 100)
+                           for records in found) in " ".join(page.split())
