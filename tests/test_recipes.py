@@ -15,8 +15,8 @@ from test_rpt import METHOD, assert_gradient, coin, descent
 import rpt
 import train
 from data import Question, Tokenizer, hold_out, load_corpus, prompt_ids, select_positions
-from paper.recipes import (auxiliary_loss, capital_letters, deduplicate, dr_grpo, easy_groups,
-                           information_gain, random_positions)
+from paper.recipes import (auxiliary_loss, deduplicate, dr_grpo, easy_groups, information_gain,
+                           random_positions)
 from paper.recipes.format_only import format_only
 from paper.recipes.leave_one_out import leave_one_out
 from paper.recipes.length_budget import BUDGET, brief
@@ -27,7 +27,6 @@ FOLDER = ROOT / "paper" / "recipes"
 RUNS = sorted(file.stem for file in FOLDER.glob("*.py")
               if f"    torchrun -m paper.recipes.{file.stem} " in file.read_text())
 REPLACED = {"dr_grpo": (rpt, "accumulate"), "leave_one_out": (rpt, "group_advantages"),
-            "capital_letters": (train, "select_positions"),
             "random_positions": (train, "select_positions")}
 
 
@@ -112,13 +111,10 @@ def test_easy_groups_are_kept_with_falling_probability(monkeypatch):
 # ---- positions and documents
 
 
-def test_other_filters_choose_among_the_usual_positions(toy, tokenizer):
+def test_random_positions_are_of_the_usual_ones_whatever_their_entropy(toy, tokenizer):
     corpus = load_corpus(toy / "corpus.jsonl", tokenizer, 40, 0, 256)
     entropy = np.arange(len(corpus.tokens), dtype=np.float32) % 2
     every = select_positions(corpus, entropy, False, -1.0)
-    found = capital_letters.capitals(corpus, entropy, False, -1.0).places
-    for n in range(0, len(every), 97):
-        assert every[n].truth[0].lstrip()[:1].isupper() == (every.places[n] in found)
     some = random_positions.at_random(corpus, entropy, False, 0.5).places
     assert set(some) < set(every.places)
     assert abs(len(some) / len(every) - 0.15) < 4 * math.sqrt(0.15 * 0.85 / len(every))

@@ -20,18 +20,17 @@ habit    responses to contexts. A context is a document cut at an annotation, wi
 mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
          after supervised learning has had its turn
 
+digits   for a run with --all-digits: the habit again, with the first digits of the result in the
+         context, and the others (or the sign of the end) in the box
+
 Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
 spelled there, though it may be a step of another one.
 
-After these stages the model boxes numbers at every position, so ask it at results only. A run that
-asks at all positions starts from one stage more:
-
-anywhere responses of the model itself to documents as they are. Results are worked or guessed, and
-         elsewhere the box holds a token's guess, now and then after a thought
-
-For texts without annotations there is `format`, which takes the place of all. It teaches a model
-that never boxes a prediction to box one, the token that the model itself says after a context. RPT
-then has something to reward, but no thoughts to begin with:
+After these stages the model boxes numbers at every position, so ask it at results only (what was
+tried for all positions is in paper/log.md). For texts without annotations there is `format`, which
+takes the place of all three. It teaches a model that never boxes a prediction to box one, the token
+that the model itself says after a context. RPT then has something to reward, but no thoughts to
+begin with:
 
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
@@ -58,9 +57,8 @@ WORKED = 0.4
 TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
-THOUGHT = (128, r"[^\\]*</think>\\boxed{[^{}\\]+}\Z")
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "anywhere": dict(steps=100, lr=1e-4),
+          "mixed": dict(steps=66, lr=3e-5), "digits": dict(steps=36, lr=5e-5),
           "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
@@ -91,80 +89,58 @@ def ask(random, tokenizer, ids, calculation="", response=""):
             "prompt": TEMPLATES["toy"].replace("{context}", context)}
 
 
-def anywhere(random, documents, tokenizer, count):
-    """Make prompts that end anywhere in a document, but not in its problem."""
-    rows, tokens = [], [(len(tokenizer.encode(document.given)),
-                         tokenizer.encode(document.given + document.text))
-                        for document in documents]
+def format_rows(random, texts, run, tokenizer, count):
+    """Make prompts that end anywhere in a document, with responses that box a guess."""
+    documents, rows = [tokenizer.encode(text) for text in texts], []
     for _ in range(count):
-        given, ids = random.choice(tokens)
-        start = max(given, 1)
-        end = random.randrange(start, max(len(ids), start + 1))
-        rows.append(ask(random, tokenizer, ids[:end]))
-    return rows
+        ids = random.choice(documents)
+        rows.append(ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)]))
+    return quick_rows(rows, run, tokenizer, *TOKEN)
 
 
-def at_results(random, texts, tokenizer, count):
-    """Make prompts that end in a calculation of a document."""
-    rows = []
-    for _ in range(count):
-        parts = random.choice(texts).split("<<")
-        end = random.randrange(1, len(parts))
-        before = "<<".join([*parts[:end], parts[end].partition("=")[0] + "="])
-        rows.append(ask(random, tokenizer, tokenizer.encode(before)))
-    return rows
-
-
-def worked_rows(random, texts, avoid, tokenizer, count):
-    """Make prompts that end in a random calculation, with responses that work it."""
+def worked_rows(random, texts, avoid, tokenizer, count, digits=False):
+    """Make prompts that end in a random calculation, with responses that work it. With `digits` the
+    prompt has some characters of the result, too, and the box holds the others or, if none are
+    left, the end of the annotation."""
     rows = []
     for _ in range(count):
         calculation, parts = draw(random, avoid), random.choice(texts).split("<<")
         before = "<<".join(parts[: random.randrange(1, len(parts))])
-        response = f"{calculation.thought}\n{box(calculation.result.encode()).decode()}"
+        result = calculation.result
+        known = random.randint(0, len(result)) if digits else 0
+        rest = result[known:] or ">>"
+        response = f"{calculation.thought}\n{box(rest.encode()).decode()}"
         rows.append(ask(random, tokenizer, tokenizer.encode(before),
-                        f"<<{calculation.expression}=", response))
+                        f"<<{calculation.expression}={result[:known]}", response))
     return rows
 
 
-def quick_rows(rows, run, tokenizer, length, form, thinks=False):
-    """Replace the responses by a box of what the model itself writes after the context, or by what
-    it responds to the prompt, if it `thinks`. Leave out rows where that is not of the form."""
-    model, found = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
-    contexts = [tokenizer.encode(row["context"]) for row in rows]
-    prompts = [tokenizer.chat(TEMPLATES["toy"], ids) if thinks else [*tokenizer.bos, *ids]
-               for ids in contexts]
+def quick_rows(rows, run, tokenizer, length, form):
+    """Replace the responses by a box of what the model itself writes after the context. Leave out
+    rows where that is not of the form."""
+    model, quick = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
+    prompts = [[*tokenizer.bos, *tokenizer.encode(row["context"])] for row in rows]
     said = generate(model, prompts, max_new_tokens=length, eos_ids=tokenizer.eos_ids,
-                    temperature=0.8 if thinks else 1.0, seed=run.seed)
-    drop = tokenizer.eos_ids if thinks else tokenizer.special.values()
+                    seed=run.seed)
     for row, (completion,) in zip(rows, said):
-        ids = [id for id in completion.ids if id not in drop]
-        if text := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
-            response = text[0] if thinks else box(text[0].encode()).decode()
-            found.append(row | {"response": response})
-    return found
+        ids = [id for id in completion.ids if id not in tokenizer.special.values()]
+        if guess := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
+            quick.append(row | {"response": box(guess[0].encode()).decode()})
+    return quick
 
 
-def make_rows(stage, run, documents, corpus):
+def make_rows(stage, run, texts, corpus):
     """Make the rows of a stage, as many as it draws."""
-    texts = [document.given + document.text for document in documents]
     random, avoid = Random(f"{run.seed} {stage}"), re.findall("<<([^<>=]+)=", "\n".join(corpus))
     source, count = (random, texts, set(avoid)), run.steps * run.questions
     if stage == "ability":
         return ability_rows(*source, count)
     tokenizer = Tokenizer(resolve(run.model))
     if stage == "format":
-        return quick_rows(anywhere(random, documents, tokenizer, count), run, tokenizer, *TOKEN)
-    if stage == "anywhere":
-        part = count // 16
-        at = at_results(random, texts, tokenizer, 5 * part)
-        other = anywhere(random, documents, tokenizer, 12 * part)
-        return [row for rows, how in (
-            (at[: 3 * part], THOUGHT), (at[3 * part :], NUMBER),
-            (other[: 2 * part], THOUGHT), (other[2 * part :], TOKEN))
-            for row in quick_rows(rows, run, tokenizer, *how, thinks=how is THOUGHT)]
-    if stage == "habit":
-        rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
+        return format_rows(random, texts, run, tokenizer, count)
+    if stage in ("habit", "digits"):
+        rows = worked_rows(*source, tokenizer, count, stage == "digits")
+        split = round(WORKED * count)
         return rows[:split] + quick_rows(rows[split:], run, tokenizer, *NUMBER)
     held = hold_out(corpus, run.holdout, run.seed)
     rows = [{"text": text} for text, out in zip(corpus, held) if not out]
@@ -180,12 +156,11 @@ def main(argv=None):
     run = train.parse(options, defaults)
     try:
         corpus = read_texts(run.corpus)
-        documents = [document for document in read_documents(own.documents)
-                     if stage == "format" or "<<" in document.text]
-        if not documents or {each.given + each.text for each in documents} & set(corpus):
+        texts = [text for text in read_texts(own.documents) if stage == "format" or "<<" in text]
+        if not texts or set(texts) & set(corpus):
             raise ValueError(f"{own.documents}: needs other texts than --corpus, with annotations "
                              "unless the stage is format")
-        rows, file = make_rows(stage, run, documents, corpus), Path(run.out) / "rows.jsonl"
+        rows, file = make_rows(stage, run, texts, corpus), Path(run.out) / "rows.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, rows)
     except (ValueError, OSError) as error:
