@@ -20,9 +20,6 @@ habit    responses to contexts. A context is a document cut at an annotation, wi
 mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
          after supervised learning has had its turn
 
-digits   for a run with --all-digits: the habit again, with the first digits of the result in the
-         context, and the others (or the sign of the end) in the box
-
 Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
 spelled there, though it may be a step of another one.
 
@@ -58,8 +55,7 @@ TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "digits": dict(steps=36, lr=5e-5),
-          "format": dict(steps=70, lr=1e-4)}
+          "mixed": dict(steps=66, lr=3e-5), "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
 
@@ -98,20 +94,15 @@ def format_rows(random, texts, run, tokenizer, count):
     return quick_rows(rows, run, tokenizer, *TOKEN)
 
 
-def worked_rows(random, texts, avoid, tokenizer, count, digits=False):
-    """Make prompts that end in a random calculation, with responses that work it. With `digits` the
-    prompt has some characters of the result, too, and the box holds the others or, if none are
-    left, the end of the annotation."""
+def worked_rows(random, texts, avoid, tokenizer, count):
+    """Make prompts that end in a random calculation, with responses that work it."""
     rows = []
     for _ in range(count):
         calculation, parts = draw(random, avoid), random.choice(texts).split("<<")
         before = "<<".join(parts[: random.randrange(1, len(parts))])
-        result = calculation.result
-        known = random.randint(0, len(result)) if digits else 0
-        rest = result[known:] or ">>"
-        response = f"{calculation.thought}\n{box(rest.encode()).decode()}"
+        response = f"{calculation.thought}\n{box(calculation.result.encode()).decode()}"
         rows.append(ask(random, tokenizer, tokenizer.encode(before),
-                        f"<<{calculation.expression}={result[:known]}", response))
+                        f"<<{calculation.expression}=", response))
     return rows
 
 
@@ -138,9 +129,8 @@ def make_rows(stage, run, texts, corpus):
     tokenizer = Tokenizer(resolve(run.model))
     if stage == "format":
         return format_rows(random, texts, run, tokenizer, count)
-    if stage in ("habit", "digits"):
-        rows = worked_rows(*source, tokenizer, count, stage == "digits")
-        split = round(WORKED * count)
+    if stage == "habit":
+        rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
         return rows[:split] + quick_rows(rows[split:], run, tokenizer, *NUMBER)
     held = hold_out(corpus, run.holdout, run.seed)
     rows = [{"text": text} for text, out in zip(corpus, held) if not out]
