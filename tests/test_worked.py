@@ -61,13 +61,16 @@ def test_the_text_before_a_position_alone_selects_it(toy, tmp_path, all_digits):
     for end in ("6>>6.", "7<<24*36", ">>"):
         (tmp_path / "corpus.txt").write_text(text + end)
         corpus = load_corpus(tmp_path / "corpus.txt", Tokenizer(toy / "base"), 0, 0, 512)
-        multi, one, both = ([len(corpus.tokenizer.bytes_of(question.context)) for question in
-                             multi_step.results(kind, all_digits, corpus,
-                                                np.ones(len(corpus.tokens)), False, 0.5)]
-                            for kind in multi_step.KINDS)
+        multi, one, both, every = ([len(corpus.tokenizer.bytes_of(question.context)) for question in
+                                    multi_step.results(*how, corpus, np.ones(len(corpus.tokens)),
+                                                       False, 0.5)]
+                                   for how in (*((kind, all_digits, False)
+                                                 for kind in multi_step.KINDS),
+                                               ("results", all_digits, True)))
         assert multi[:5] == [11, 12, 13, 14, 44] if all_digits else multi == [11, 44]
         assert one == ([30, 31] if all_digits else [30])
         assert both == sorted(multi + one)
+        assert len(every) == 2 * len(both) and {*both} < {*every}
 
 
 @pytest.fixture(scope="module")
