@@ -5,11 +5,11 @@ As a program, `torchrun test_distributed.py FILE OPTIONS`, it runs train.py and 
 weights before each step, the gradient that the optimizer saw, and what was learned from.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,12 +21,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import train  # noqa: E402
 from helpers import ROOT, assert_rounds_to, exact_gradient  # noqa: E402
 from model import all_gather, load_pretrained, rank_and_world  # noqa: E402
+from paper.report import read_rows  # noqa: E402
 from rpt import next_token_step, rpt_step  # noqa: E402
 from test_rpt import GRADIENT, METHOD, descent  # noqa: E402
 
 RPT = ("--holdout 40 --eval-questions 0 --steps 3 --save-every 1 --lr 0.002 --questions 7 "
-       "--group-size 4 --max-response 40 --max-rows 10 --grad-clip 1e9 --device cpu").split()
-NTP = "--recipe toy --stage ntp --questions 9 --grad-clip 1e9 --device cpu".split()
+       "--group-size 4 --max-response 40 --max-rows 10 --grad-clip 1e9 --device cpu "
+       "--dynamic-from 1").split()  # step 0 is usual RPT
+NTP = "--recipe toy --stage ntp --steps 2 --questions 9 --grad-clip 1e9 --device cpu".split()
 
 
 def record_steps(file: str, options: list[str]) -> None:
@@ -52,34 +54,47 @@ def record_steps(file: str, options: list[str]) -> None:
     train.main(options, one_step=one_step)
 
 
-def launch(processes: int, out: Path, *options, program=ROOT / "train.py") -> subprocess.Popen:
+def launch(out: Path, *options, program=ROOT / "train.py") -> subprocess.Popen:
+    """Start two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               processes, program, *options, "--out", out, "--cache", out.parent / "cache"]
+               2, program, *options, "--out", out, "--cache", out]
     return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(processes: int, out: Path, *options, **how) -> list[dict]:
-    process = launch(processes, out, *options, **how)
+def run(*options, **how):
+    process = launch(*options, **how)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-2000:]
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [[*RPT, "--dynamic-from", "1"], NTP,  # step 0 is usual RPT
-                                     [*RPT, "--dtype", "bfloat16"]])
-def test_two_processes_compute_what_one_does(options, tmp_path, toy):
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A function that makes a run, but only once, and returns its folder, which has steps.pt."""
+    @cache
+    def once(processes, *options):
+        out = tmp_path_factory.mktemp("run")
+        if processes == 1:  # this one
+            record_steps(out / "steps.pt", [*options, "--out", str(out), "--cache", str(out)])
+        else:
+            run(out, out / "steps.pt", *options, program=__file__)
+        return out
+    return once
+
+
+@pytest.mark.parametrize("options", [RPT, NTP, [*RPT, "--dtype", "bfloat16"]])
+def test_two_processes_compute_what_one_does(options, recorded, toy):
     """Both step by the float64 gradient of plain forwards, each from its own weights.
 
     A gradient in bfloat16 errs by a few of its own, larger roundings, because sums are float32.
     """
     model = load_pretrained(toy / "base")
     allowed = GRADIENT if "bfloat16" not in options else 2**16 * GRADIENT / 8
-    for processes in (1, 2):
-        out, file = tmp_path / f"{processes}", tmp_path / f"{processes}.pt"
-        metrics = run(processes, out, file, *options, "--steps", 2, program=__file__)
-        for (weights, gradient, learned), row in zip(torch.load(file, weights_only=False), metrics,
-                                                     strict=True):
+    one, two = recorded(1, *options), recorded(2, *options)
+    for out in (one, two):
+        for (weights, gradient, learned), row in zip(
+                torch.load(out / "steps.pt", weights_only=False), read_rows(out / "metrics.jsonl"),
+                strict=True):
             model.load_state_dict(weights)
             if "ntp" in options:
                 tokens = sum(len(ids) - first for ids, first in learned)
@@ -92,26 +107,25 @@ def test_two_processes_compute_what_one_does(options, tmp_path, toy):
             for name in exact:
                 assert_rounds_to(gradient[name], exact[name], allowed, scale[name])
     if "bfloat16" not in options:
-        one, two = ((tmp_path / n / "rollouts.jsonl").read_text() for n in "12")
-        assert one == two
+        assert (one / "rollouts.jsonl").read_text() == (two / "rollouts.jsonl").read_text()
 
 
-def test_a_killed_process_loses_nothing(tmp_path):
-    wanted = run(2, tmp_path / "whole", *RPT)
-    out = tmp_path / "cut"
-    process = launch(2, out, *RPT)
+def test_a_killed_process_loses_nothing(tmp_path, recorded):
+    out, whole = tmp_path / "cut", recorded(2, *RPT)
+    process = launch(out, *RPT)
     while process.poll() is None:
         if list(out.glob("checkpoints/step-*")):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
     process.communicate(timeout=240)
-    again = run(2, out, *RPT)
+    run(out, *RPT)
+    wanted, again = read_rows(whole / "metrics.jsonl"), read_rows(out / "metrics.jsonl")
     for row in wanted + again:
         row.pop("seconds")
     assert again == wanted
     for name in ("rollouts.jsonl", "model/model.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_path):

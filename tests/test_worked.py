@@ -177,13 +177,14 @@ def test_the_recorded_figures_are_those_of_the_recorded_responses(seed):
             bold = "**" * (name == "rpt" and measure == "reasoning")
             rows.append((f"{bold}{title}, {said}{bold}", *(
                 f"{bold}{show_interval(of[measure], 100)}{bold}" for of in splits)))
-    for other, measure in (("base", "standard"), ("start", "standard"), ("rpt", "standard"),
-                           ("start", "reasoning"), ("sft", "standard"), ("sft", "reasoning")):
+    for other, *more in (("base", "standard"), ("start", "standard", "reasoning"),
+                         ("rpt", "standard"), ("sft", "standard", "reasoning")):
         who = {"rpt": "its own", "sft": "Mixed SFT's"}.get(other, f"the {other}'s")
         for records in (found, first):
-            rows.append((f"{who} {measure}", *(
-                line.partition(": ")[2] for line in differences(records[other], records["rpt"])
-                if f"B's reasoning less A's {measure}" in line)))
+            lines = differences(records[other], records["rpt"])
+            rows += [(f"{who} {measure}", *(line.partition(": ")[2] for line in lines
+                                            if f"B's reasoning less A's {measure}" in line))
+                     for measure in more]
     for row in rows:
         assert f"| {' | '.join(row)} |" in page.replace(" (argmax)", ""), row
     groups = read_rows(real / f"worked-{seed}rollouts.jsonl")
