@@ -31,11 +31,11 @@ RPT = ("--holdout 40 --eval-questions 0 --steps 3 --save-every 1 --lr 0.002 --qu
 NTP = "--recipe toy --stage ntp --steps 2 --questions 9 --grad-clip 1e9 --device cpu".split()
 
 
-def record_steps(file: str, options: list[str]) -> None:
+def record_steps(file, options):
     """Run train.main, and note each step."""
     steps, stage = [], rpt_step if "ntp" not in options else next_token_step
 
-    def whole(tensors) -> dict:
+    def whole(tensors):
         return {name: getattr(x, "full_tensor", lambda: x)().clone() for name, x in tensors}
 
     def one_step(policy, optimizer, draw, step, *how):
@@ -54,7 +54,7 @@ def record_steps(file: str, options: list[str]) -> None:
     train.main(options, one_step=one_step)
 
 
-def launch(out: Path, *options, program=ROOT / "train.py") -> subprocess.Popen:
+def launch(out, *options, program=ROOT / "train.py"):
     """Start two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                2, program, *options, "--out", out, "--cache", out]

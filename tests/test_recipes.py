@@ -20,7 +20,6 @@ from paper.recipes import (auxiliary_loss, deduplicate, dr_grpo, easy_groups, in
 from paper.recipes.format_only import format_only
 from paper.recipes.leave_one_out import leave_one_out
 from paper.recipes.length_budget import BUDGET, brief
-from paper.recipes.longer_predictions import longer
 from rpt import Group, Policy, Response
 
 FOLDER = ROOT / "paper" / "recipes"
@@ -59,10 +58,9 @@ def test_leave_one_out_compares_with_the_mean_of_the_others():
     assert not leave_one_out(torch.full((1, 3), 0.1)).any()
 
 
-def test_rewards_pay_for_length_for_brevity_and_for_any_box():
+def test_rewards_pay_for_brevity_and_for_any_box():
     question = Question((), (b" D", b"."), 0, 0)
     responses = [b"</think>\\boxed{%b}" % text for text in (b" D", b" D.", b" ", b" E")]
-    assert longer(responses, question, None) == [2, 3, 0, 0]
     assert format_only([*responses, b""], question, None) == [1, 1, 1, 1, 0]
     right = responses[0]
     long = [b"x" * (BUDGET + n - len(right)) + right for n in (0, 1, 50, 200)]

@@ -1,7 +1,6 @@
 """The toy world: its texts are the same everywhere, its balls are where they are said to be, and
 its base is weak in the way that the experiments need."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -15,14 +14,11 @@ import pytest
 from data import Question, Tokenizer, answer_questions, load_corpus, prompt_ids, select_positions
 from eval import Task, entropies, evaluate, measures
 from model import load_pretrained
+from paper.report import read_rows
 from rpt import Policy
 from toy import make, step
 
 STORY = re.compile(r"The ball is under [A-L]\.(?: \d [A-L] [A-L]\.)+")
-
-
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def play(problem: str) -> tuple[str, list[str]]:
@@ -45,12 +41,12 @@ def test_texts_and_tokenizer_are_the_same_to_the_bit_wherever_they_are_made(toy,
     make.write_tokenizer(tmp_path)
     made, ours = Tokenizer(tmp_path), Tokenizer(toy / "base")
     assert made.ids_of == ours.ids_of
-    texts = [row["problem"] for row in read(toy / "answers.jsonl")]
+    texts = [row["problem"] for row in read_rows(toy / "answers.jsonl")]
     assert list(map(made.encode, texts)) == list(map(ours.encode, texts))
 
 
 def test_the_ball_is_where_the_text_says(toy):
-    files = {name: read(toy / f"{name}.jsonl") for name in make.SIZES}
+    files = {name: read_rows(toy / f"{name}.jsonl") for name in make.SIZES}
     for row in files["corpus"]:
         assert row["solution"] == f"The ball is now under {play(row['problem'])[0]}."
     for row in files["answers"] + files["choices"]:
@@ -63,7 +59,7 @@ def test_the_ball_is_where_the_text_says(toy):
 
 def test_no_story_is_told_twice_and_none_is_in_what_the_base_has_read(toy):
     told = [row["problem"].split("\n")[0] for name in make.SIZES
-            for row in read(toy / f"{name}.jsonl")]
+            for row in read_rows(toy / f"{name}.jsonl")]
     known, random = set(told), Random("lessons 0")
     assert len(known) == len(told)
     for row in (make.lesson(random, known) for _ in range(make.ROWS // 4)):

@@ -23,7 +23,7 @@ from sampler import Completion
 TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
        "--max-response 100 --steps 2 --questions 4 --group-size 4")
-STAGES = {"format": 2, "ability": 16, "habit": 50, "mixed": 2}
+STAGES = {"format": 2, "ability": 16, "habit": 50, "choice": 2, "mixed": 2}
 
 
 def exact(expression):
@@ -85,7 +85,8 @@ def chain(toy, tmp_path_factory):
     for stage, steps in STAGES.items():
         worked_start.main(f"{stage} {out}/texts.txt {corpus} --model {model} --out {out}/{stage} "
                           f"{TRAIN} {steps}".split())
-        model = out / stage / "model"
+        if stage != "choice":  # which is a side branch here
+            model = out / stage / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "select_positions", train.select_positions)
         patch.setattr(sys, "argv", ["skill", out / "run/rollouts.jsonl", out / "run/skill.svg"])
@@ -98,7 +99,7 @@ def chain(toy, tmp_path_factory):
 def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_texts(chain):
     corpus = worked_start.read_texts(chain / "corpus.txt")
     avoid, held = set(re.findall("<<([^=]+)=", "\n".join(corpus))), hold_out(corpus, 80, 0)
-    for stage in STAGES:
+    for stage in set(STAGES) - {"choice"}:
         said = (chain / stage / "rows.jsonl").read_text()
         assert [text in said for text in corpus] == [stage == "mixed" and not out for out in held]
         assert avoid.isdisjoint(re.findall(r'(?:"|\\n)([^ :="]+)[:=]', said))
@@ -117,13 +118,19 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
         assert (boxed == said.count("\n")) == (stage not in ("ability", "mixed"))
 
 
+def test_a_choice_is_between_the_models_own_responses_and_guesses(chain):
+    rows = read_rows(chain / "choice/rows.jsonl")
+    kinds = {(row["context"][-1] == "=", row["response"][0] == "<") for row in rows}
+    assert len(kinds) > 2  # some results are worked
+
+
 def test_a_guess_is_a_whole_token_of_text(toy, monkeypatch):
     tokenizer = Tokenizer(toy / "base")
     said = [tokenizer.eos_ids, *map(tokenizer.encode, (" D}", " D")), tokenizer.encode("é")[:1]]
     monkeypatch.setattr(worked_start, "generate",
                         lambda *_, **how: [[Completion(ids, [], True)] for ids in said])
-    (row,) = worked_start.quick_rows([{"context": "x"}] * 4, train.parse([]), tokenizer,
-                                     *worked_start.TOKEN)
+    (row,) = worked_start.own_rows([{"context": "x"}] * 4, train.parse([]), tokenizer,
+                                   *worked_start.TOKEN)
     assert row["response"] == "</think>\\boxed{ D}"
 
 
@@ -136,7 +143,7 @@ def test_what_a_user_can_mend_is_one_sentence(words, capsys):
 
 
 def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
-    groups, asked = (skill.examine([json.loads(line) for line in open(chain / "run" / file)])
+    groups, asked = (skill.examine(read_rows(chain / "run" / file))
                      for file in ("rollouts.jsonl", "eval/records.jsonl"))
     assert set(groups) == {"multi-step, quarter 1", "multi-step, quarter 3"}  # of two steps
     assert set(asked) == {"multi-step, quarter 1", "one-step, quarter 1"}

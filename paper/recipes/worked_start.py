@@ -23,11 +23,16 @@ mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), 
 Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
 spelled there, though it may be a step of another one.
 
-After these stages the model boxes numbers at every position, so ask it at results only (what was
-tried for all positions is in paper/log.md). For texts without annotations there is `format`, which
-takes the place of all three. It teaches a model that never boxes a prediction to box one, the token
-that the model itself says after a context. RPT then has something to reward, but no thoughts to
-begin with:
+After these stages the model boxes numbers at every position, so ask it at results only. For a run
+that is to learn *when* to calculate (multi_step.py with --kind results --others) there is a stage
+more, from runs/mixed or from a model that has had RPT at results:
+
+choice   responses to documents as they are, at results and elsewhere: the model's own, or a box of
+         the one token that it says after the context
+
+For texts without annotations there is `format`, which takes the place of all of them. It teaches a
+model that never boxes a prediction to box one, the token that the model itself says after a
+context. RPT then has something to reward, but no thoughts to begin with:
 
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
@@ -39,6 +44,7 @@ shared; format has only been run on the toy.
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -53,9 +59,13 @@ from toy.make import write_rows
 WORKED = 0.4
 TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
-NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"[^{}\ufffd]+\Z")  # guesses: tokens at most, form
+# What is used of a model's own words: tokens at most, form.
+NUMBER, TOKEN = (8, r"\d*\.?\d+"), (1, r"(?!<\|)[^{}\ufffd]+\Z")
+RESPONSE = 128, r"[^\\]*</think>\\boxed{[^{}\\]+}\Z"
+RESULT = "<<[^<>=]+="
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
-          "mixed": dict(steps=66, lr=3e-5), "format": dict(steps=70, lr=1e-4)}
+          "mixed": dict(steps=66, lr=3e-5), "choice": dict(steps=100, lr=1e-4),
+          "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
 
@@ -85,13 +95,15 @@ def ask(random, tokenizer, ids, calculation="", response=""):
             "prompt": TEMPLATES["toy"].replace("{context}", context)}
 
 
-def format_rows(random, texts, run, tokenizer, count):
-    """Make prompts that end anywhere in a document, with responses that box a guess."""
-    documents, rows = [tokenizer.encode(text) for text in texts], []
-    for _ in range(count):
-        ids = random.choice(documents)
-        rows.append(ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)]))
-    return quick_rows(rows, run, tokenizer, *TOKEN)
+def natural_rows(random, texts, tokenizer, count, end=""):
+    """Make prompts that end anywhere in a document where `end` matches."""
+    rows = []
+    while len(rows) < count:
+        ids = tokenizer.encode(random.choice(texts))
+        row = ask(random, tokenizer, ids[: random.randrange(1, len(ids) + 1)])
+        if re.search(f"{end}\\Z", row["context"]):
+            rows.append(row)
+    return rows
 
 
 def worked_rows(random, texts, avoid, tokenizer, count):
@@ -106,18 +118,21 @@ def worked_rows(random, texts, avoid, tokenizer, count):
     return rows
 
 
-def quick_rows(rows, run, tokenizer, length, form):
-    """Replace the responses by a box of what the model itself writes after the context. Leave out
-    rows where that is not of the form."""
-    model, quick = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
-    prompts = [[*tokenizer.bos, *tokenizer.encode(row["context"])] for row in rows]
+def own_rows(rows, run, tokenizer, length, form):
+    """Replace the responses by the model's own, or by a box of what it writes after the context.
+    Leave out rows where that is not of the form."""
+    model, own = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
+    responds = form == RESPONSE[1]
+    prompts = [tokenizer.chat(row["prompt"]) if responds else
+               [*tokenizer.bos, *tokenizer.encode(row["context"])] for row in rows]
     said = generate(model, prompts, max_new_tokens=length, eos_ids=tokenizer.eos_ids,
                     seed=run.seed)
     for row, (completion,) in zip(rows, said):
-        ids = [id for id in completion.ids if id not in tokenizer.special.values()]
-        if guess := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
-            quick.append(row | {"response": box(guess[0].encode()).decode()})
-    return quick
+        ids = [id for id in completion.ids if id not in tokenizer.eos_ids]
+        if text := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
+            response = text[0] if responds else box(text[0].encode()).decode()
+            own.append(row | {"response": response})
+    return own
 
 
 def make_rows(stage, run, texts, corpus):
@@ -127,11 +142,15 @@ def make_rows(stage, run, texts, corpus):
     if stage == "ability":
         return ability_rows(*source, count)
     tokenizer = Tokenizer(resolve(run.model))
+    natural, part = partial(natural_rows, random, texts, tokenizer), count // 16
     if stage == "format":
-        return format_rows(random, texts, run, tokenizer, count)
+        return own_rows(natural(count), run, tokenizer, *TOKEN)
+    if stage == "choice":  # 5 of 16 at results, where most responses are worked
+        return (own_rows(natural(3 * part, RESULT) + natural(2 * part), run, tokenizer, *RESPONSE)
+                + own_rows(natural(2 * part, RESULT) + natural(9 * part), run, tokenizer, *TOKEN))
     if stage == "habit":
         rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
-        return rows[:split] + quick_rows(rows[split:], run, tokenizer, *NUMBER)
+        return rows[:split] + own_rows(rows[split:], run, tokenizer, *NUMBER)
     held = hold_out(corpus, run.holdout, run.seed)
     rows = [{"text": text} for text, out in zip(corpus, held) if not out]
     return rows + worked_rows(*source, tokenizer, len(rows))
@@ -146,7 +165,8 @@ def main(argv=None):
     run = train.parse(options, defaults)
     try:
         corpus = read_texts(run.corpus)
-        texts = [text for text in read_texts(own.documents) if stage == "format" or "<<" in text]
+        texts = [text for text in read_texts(own.documents)
+                 if stage == "format" or re.search(RESULT, text)]
         if not texts or set(texts) & set(corpus):
             raise ValueError(f"{own.documents}: needs other texts than --corpus, with annotations "
                              "unless the stage is format")
