@@ -1,7 +1,6 @@
 """toy/mini.py and the seven modules share no code and do the same: each is the other's oracle for
 questions, rewards, samples and gradients."""
 
-import json
 import random
 from itertools import product
 
@@ -12,6 +11,7 @@ import reward
 import rpt
 from data import Question, Tokenizer, prompt_ids
 from model import load_pretrained
+from paper.report import read_rows
 from sampler import Completion, generate
 from toy import mini
 
@@ -55,7 +55,7 @@ def mini_model(toy):
 
 @pytest.fixture(scope="module")
 def rows(toy):
-    return [json.loads(line) for line in (toy / "corpus.jsonl").read_text().splitlines()[:200]]
+    return read_rows(toy / "corpus.jsonl")[:200]
 
 
 @pytest.fixture(scope="module")

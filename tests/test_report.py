@@ -98,7 +98,7 @@ def test_a_model_is_asked_choices_and_what_comes_next(toy, tmp_path, capsys):
     ("paper.choices toy/base --choices empty.jsonl", "no questions to ask"),
     ("paper.choices toy/base --choices toy/choices.jsonl", "has no 'options'"),
     ("paper.compare empty.jsonl empty.jsonl", "no records"),
-    *((f"paper.recipes.{name}", name) for name in ("calculations", "deduplicate", "skill"))])
+    ("paper.recipes.deduplicate", "deduplicate"), ("paper.recipes.skill", "skill")])
 def test_a_wrong_file_is_one_sentence(toy, tmp_path, monkeypatch, command, says):
     module, *arguments = command.split()
     (tmp_path / "toy").symlink_to(toy)

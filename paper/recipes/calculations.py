@@ -1,7 +1,5 @@
 """Draw random calculations of the kinds that word problems have, and work them place by place.
 
-    python -m paper.recipes.calculations SEED COUNT > FILE.jsonl        a corpus to examine with
-
     24*36: 24*30=720, 24*6=144, 720+100=820, 820+40=860, 860+4=864
     600/8: 560/8=70, 600-560=40, 40/8=5, 70+5=75
     2/3*(57+3): 57+3=60, 2*60=120, 120/3=40
@@ -13,9 +11,7 @@ calculations that nobody would write out, such as 100/3, and over negative resul
 
 import ast
 import decimal
-import json
 import operator
-import sys
 from collections import namedtuple
 from decimal import Decimal
 from random import Random
@@ -142,13 +138,3 @@ def draw(random, avoid=()):
         thought = f"{expression}: {', '.join(steps)}"
         if value > 0 and len(thought) <= LONGEST and expression not in avoid:
             return Calculation(expression, steps, show(value), thought)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    random = Random(sys.argv[1])
-    for _ in range(int(sys.argv[2])):
-        calculation = draw(random)
-        text = f"So it is <<{calculation.expression}={calculation.result}>>"
-        print(json.dumps({"text": text, "thought": calculation.thought}))

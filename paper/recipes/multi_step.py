@@ -8,10 +8,9 @@ r"""Another filter: keep the usual positions where the result of a calculation b
 
 A calculation is an annotation such as <<120-40-24=56>>. It is multi-step if it has three numbers or
 more, or two of at least two significant digits each. --kind results asks about both kinds, and
---all-digits also after the first digits of a result, where the start of worked_start.py is never
-right, because it boxes whole results. The text before a position alone decides, so the filter tells
-nothing about the result. --others adds as many other positions, to see whether RPT learns when to
-calculate (paper/log.md).
+--all-digits also after the first digits of a result. --others adds as many other positions, to see
+whether RPT learns when to calculate. These two begin with a stage more of worked_start.py. The text
+before a position alone decides, so the filter tells nothing about the result.
 
 expected: reasoning from 47.9 to 64.6 %, above the 51.2 % of plain argmax (paper/results.md). The
 entropies of 6,673 documents took 22 minutes, a step one minute, on cores shared with other work.

@@ -3,20 +3,13 @@
     python -m paper.recipes.skill runs/multi/rollouts.jsonl [FIGURE.svg]
 
 The file may be a run's rollouts, or the records of an evaluation. The figure shows how reward,
-length and the share of worked responses went in a run. To examine a model on random
-calculations, write some by paper.recipes.calculations, and ask:
-
-    python -m paper.recipes.calculations 99 200 > random.jsonl
-    python -m paper.recipes.multi_step eval runs/habit/model --kind results --corpus random.jsonl \
-        --holdout 200 --template toy --max-prompt 384 --max-response 128 --samples 8 --out OUT
-    python -m paper.recipes.skill OUT/records.jsonl
+length and the share of worked responses went in a run.
 
 A response is worked if its thought has a step. `share` is of all responses of the kind, and `steps`
 is the share of a response's steps that are right, in the mean. To look at divisions alone, begin
 with: grep '/[0-9]*=", "truth"' FILE
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -27,7 +20,7 @@ import numpy as np
 
 from paper.recipes.calculations import APPLY
 from paper.recipes.multi_step import kind_of
-from paper.report import svg
+from paper.report import read_rows, svg
 
 STEP = re.compile(r"(?<![-+*/.\d])(\d+\.?\d*)([-+*/])(\d+\.?\d*)=(\d+\.?\d*)")
 
@@ -78,7 +71,7 @@ def picture(records):
 def main():
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    records = [json.loads(line) for line in open(sys.argv[1])]
+    records = read_rows(Path(sys.argv[1]))
     for figure in sys.argv[2:]:
         Path(figure).write_text(picture(records))
     rows = examine(records)

@@ -15,20 +15,22 @@ train.py's. Use one process. Keep --steps, which decides how many rows there are
 ability  plain text: random calculations worked place by place (calculations.py), single steps, and
          documents, so that language stays
 habit    responses to contexts. A context is a document cut at an annotation, with a random
-         calculation in the place of its own. WORKED of the responses work it, the others box a
-         quick guess of the model; the box holds the whole result
+         calculation in the place of its own. Two in five responses work it (WORKED), the others box
+         a quick guess of the model; the box holds the whole result
 mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
          after supervised learning has had its turn
 
 Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
 spelled there, though it may be a step of another one.
 
-After these stages the model boxes numbers at every position, so ask it at results only. For a run
-that is to learn *when* to calculate (multi_step.py with --kind results --others) there is a stage
-more, from runs/mixed or from a model that has had RPT at results:
+After these stages the model boxes numbers at every position, and whole numbers only. So ask it at
+the first digits of results. Two other runs of multi_step.py begin with one stage more:
 
-choice   responses to documents as they are, at results and elsewhere: the model's own, or a box of
-         the one token that it says after the context
+choice   for --kind results --others, where RPT learns *when* to calculate: responses to documents
+         as they are, at results and elsewhere. They are the model's own, or a box of the one token
+         that it says after the context. The model may have had RPT at results before
+digits   for --all-digits: worked responses whose contexts may have some of the result already, so
+         the box holds the rest or, if none is left, the >> behind it
 
 For texts without annotations there is `format`, which takes the place of all of them. It teaches a
 model that never boxes a prediction to box one, the token that the model itself says after a
@@ -37,8 +39,8 @@ context. RPT then has something to reward, but no thoughts to begin with:
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
 expected: after the three stages 93 % of responses to multi-step calculations work them, and 47.9 %
-are right (paper/results.md). The stages took 120, 17 and 26 minutes on two cores that other work
-shared; format has only been run on the toy.
+are right (paper/results.md). On two idle cores the stages take 84, 16 and 26 minutes, counted from a
+few steps of each; format has only been run on the toy.
 """
 
 import argparse
@@ -56,7 +58,7 @@ from reward import box
 from sampler import generate
 from toy.make import write_rows
 
-WORKED = 0.4
+WORKED = {"habit": 0.4, "digits": 1.0}
 TAIL = range(8, 97)  # tokens of a document that a context keeps
 ROW = 430  # characters of a row of plain text, at least
 # What is used of a model's own words: tokens at most, form.
@@ -65,7 +67,7 @@ RESPONSE = 128, r"[^\\]*</think>\\boxed{[^{}\\]+}\Z"
 RESULT = "<<[^<>=]+="
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
           "mixed": dict(steps=66, lr=3e-5), "choice": dict(steps=100, lr=1e-4),
-          "format": dict(steps=70, lr=1e-4)}
+          "digits": dict(steps=48, lr=1e-4), "format": dict(steps=70, lr=1e-4)}
 COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
 
 
@@ -106,19 +108,22 @@ def natural_rows(random, texts, tokenizer, count, end=""):
     return rows
 
 
-def worked_rows(random, texts, avoid, tokenizer, count):
-    """Make prompts that end in a random calculation, with responses that work it."""
+def worked_rows(random, texts, avoid, tokenizer, count, digits=False):
+    """Make prompts that end in a random calculation, with responses that work it. With `digits` a
+    prompt may have some of the result, and the box the others or, if none are left, >>."""
     rows = []
     for _ in range(count):
         calculation, parts = draw(random, avoid), random.choice(texts).split("<<")
-        before = "<<".join(parts[: random.randrange(1, len(parts))])
-        response = f"{calculation.thought}\n{box(calculation.result.encode()).decode()}"
+        before, result = "<<".join(parts[: random.randrange(1, len(parts))]), calculation.result
+        known = random.randint(0, len(result)) if digits else 0
+        boxed = box((result[known:] or ">>").encode()).decode()
         rows.append(ask(random, tokenizer, tokenizer.encode(before),
-                        f"<<{calculation.expression}=", response))
+                        f"<<{calculation.expression}={result[:known]}",
+                        f"{calculation.thought}\n{boxed}"))
     return rows
 
 
-def own_rows(rows, run, tokenizer, length, form):
+def own_rows(run, tokenizer, rows, length, form):
     """Replace the responses by the model's own, or by a box of what it writes after the context.
     Leave out rows where that is not of the form."""
     model, own = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
@@ -142,15 +147,17 @@ def make_rows(stage, run, texts, corpus):
     if stage == "ability":
         return ability_rows(*source, count)
     tokenizer = Tokenizer(resolve(run.model))
-    natural, part = partial(natural_rows, random, texts, tokenizer), count // 16
+    own, part = partial(own_rows, run, tokenizer), count // 16
+    natural = partial(natural_rows, random, texts, tokenizer)
     if stage == "format":
-        return own_rows(natural(count), run, tokenizer, *TOKEN)
+        return own(natural(count), *TOKEN)
     if stage == "choice":  # 5 of 16 at results, where most responses are worked
-        return (own_rows(natural(3 * part, RESULT) + natural(2 * part), run, tokenizer, *RESPONSE)
-                + own_rows(natural(2 * part, RESULT) + natural(9 * part), run, tokenizer, *TOKEN))
-    if stage == "habit":
-        rows, split = worked_rows(*source, tokenizer, count), round(WORKED * count)
-        return rows[:split] + own_rows(rows[split:], run, tokenizer, *NUMBER)
+        return (own(natural(3 * part, RESULT) + natural(2 * part), *RESPONSE)
+                + own(natural(2 * part, RESULT) + natural(9 * part), *TOKEN))
+    if stage in WORKED:
+        rows = worked_rows(*source, tokenizer, count, stage == "digits")
+        split = round(WORKED[stage] * count)
+        return rows[:split] + own(rows[split:], *NUMBER)
     held = hold_out(corpus, run.holdout, run.seed)
     rows = [{"text": text} for text, out in zip(corpus, held) if not out]
     return rows + worked_rows(*source, tokenizer, len(rows))
