@@ -39,8 +39,8 @@ context. RPT then has something to reward, but no thoughts to begin with:
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
 expected: after the three stages 93 % of responses to multi-step calculations work them, and 47.9 %
-are right (paper/results.md). They take 84, 16 and 26 minutes on two idle cores, by the time of a few
-steps of each. format has only been run on the toy.
+are right (paper/results.md). They take 84, 16 and 26 minutes on two idle cores, by the time of a
+few steps of each. format has only been run on the toy.
 """
 
 import argparse
