@@ -26,9 +26,9 @@ spelled there, though it may be a step of another one.
 After these stages the model boxes numbers at every position, and whole numbers only. So ask it at
 the first digits of results. Two other runs of multi_step.py begin with one stage more:
 
-choice   for --kind results --others, where RPT learns *when* to calculate: responses to documents
-         as they are, at results and elsewhere. They are the model's own, or a box of the one token
-         that it says after the context. The model may have had RPT at results before
+choice   for --kind results --others, where RPT can learn *when* to calculate: responses to
+         documents as they are, at results and elsewhere. They are the model's own, or a quick guess
+         of it: a number at results, elsewhere a token
 digits   for --all-digits: worked responses whose contexts may have some of the result already, so
          the box holds the rest or, if none is left, the >> behind it
 
@@ -153,7 +153,7 @@ def make_rows(stage, run, texts, corpus):
         return own(natural(count), *TOKEN)
     if stage == "choice":  # 5 of 16 at results, where most responses are worked
         return (own(natural(3 * part, RESULT) + natural(2 * part), *RESPONSE)
-                + own(natural(2 * part, RESULT) + natural(9 * part), *TOKEN))
+                + own(natural(2 * part, RESULT), *NUMBER) + own(natural(9 * part), *TOKEN))
     if stage in WORKED:
         rows = worked_rows(*source, tokenizer, count, stage == "digits")
         split = round(WORKED[stage] * count)
