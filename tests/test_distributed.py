@@ -58,8 +58,8 @@ def launch(out, *options, program=ROOT / "train.py"):
     """Start two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                2, program, *options, "--out", out, "--cache", out]
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def run(*options, **how):
@@ -130,12 +130,11 @@ def test_a_killed_process_loses_nothing(tmp_path, recorded):
 
 def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_path):
     """Two folders stand in for two machines' own disks."""
-    started = []
+    started, port = [], str(20000 + os.getpid() % 9999)
     for rank in range(2):
         (tmp_path / f"{rank}").mkdir()
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671",
-                                    "OMP_NUM_THREADS": "1"}
+                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(ROOT / "train.py"), *RPT, "--out", "run"]
         started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", env=environment,
                                         stderr=subprocess.PIPE, text=True))
