@@ -57,7 +57,7 @@ def record_steps(file, options):
 def launch(out, *options, program=ROOT / "train.py"):
     """Start two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               2, program, *options, "--out", out, "--cache", out]
+               2, program, *options, "--out", out, "--cache", out.parent / "cache"]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
@@ -75,7 +75,8 @@ def recorded(tmp_path_factory):
     def once(processes, *options):
         out = tmp_path_factory.mktemp("run")
         if processes == 1:  # this one
-            record_steps(out / "steps.pt", [*options, "--out", str(out), "--cache", str(out)])
+            record_steps(out / "steps.pt",
+                         [*options, "--out", str(out), "--cache", str(out.parent / "cache")])
         else:
             run(out, out / "steps.pt", *options, program=__file__)
         return out
@@ -110,8 +111,9 @@ def test_two_processes_compute_what_one_does(options, recorded, toy):
         assert (one / "rollouts.jsonl").read_text() == (two / "rollouts.jsonl").read_text()
 
 
-def test_a_killed_process_loses_nothing(tmp_path, recorded):
-    out, whole = tmp_path / "cut", recorded(2, *RPT)
+def test_a_killed_process_loses_nothing(recorded):
+    whole = recorded(2, *RPT)
+    out = whole.parent / "cut"  # with the same entropies
     process = launch(out, *RPT)
     while process.poll() is None:
         if list(out.glob("checkpoints/step-*")):
@@ -130,11 +132,12 @@ def test_a_killed_process_loses_nothing(tmp_path, recorded):
 
 def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_path):
     """Two folders stand in for two machines' own disks."""
-    started, port = [], str(20000 + os.getpid() % 9999)
+    started = []
     for rank in range(2):
         (tmp_path / f"{rank}").mkdir()
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                                    "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": str(20000 + os.getpid() % 9999)}
         command = [sys.executable, str(ROOT / "train.py"), *RPT, "--out", "run"]
         started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", env=environment,
                                         stderr=subprocess.PIPE, text=True))
