@@ -20,8 +20,8 @@ habit    responses to contexts. A context is a document cut at an annotation, wi
 mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
          after supervised learning has had its turn
 
-Only `mixed` reads more of the corpus than its expressions. None of them is ever worked as it is
-spelled there, though it may be a step of another one.
+Of these only `mixed` reads more of the corpus than its expressions. None of them is ever worked as
+it is spelled there, though it may be a step of another one.
 
 After these stages the model boxes numbers at every position, and whole numbers only. So ask it at
 the first digits of results. Two other runs of multi_step.py begin with one stage more:
