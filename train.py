@@ -43,7 +43,7 @@ from data import (Question, Tokenizer, answer_questions, load_corpus, prompt_ids
 from eval import (SPLITS, Task, corpus_entropy, examine, fingerprint, gather_records, growth, log,
                   measures, parser_of, record)
 from model import (DTYPES, ModelConfig, Transformer, all_gather, is_first, load_weights,
-                   rank_and_world, read_config, resolve, save_pretrained)
+                   read_config, resolve, save_pretrained)
 from reward import REWARDS
 from rpt import Policy, next_token_step, option, rpt_step
 

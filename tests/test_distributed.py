@@ -137,7 +137,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_pa
         (tmp_path / f"{rank}").mkdir()
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
                                     "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": str(20000 + os.getpid() % 9999)}
+                                    "MASTER_PORT": f"{20000 + os.getpid() % 9999}"}
         command = [sys.executable, str(ROOT / "train.py"), *RPT, "--out", "run"]
         started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", env=environment,
                                         stderr=subprocess.PIPE, text=True))

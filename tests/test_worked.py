@@ -124,8 +124,8 @@ def test_rows_work_no_expression_of_the_corpus_and_only_the_last_stage_has_its_t
 
 def test_a_choice_is_between_the_models_own_responses_and_guesses(chain):
     rows = read_rows(chain / "choice/rows.jsonl")
-    kinds = {(row["context"][-1] == "=", row["response"][0] == "<") for row in rows}
-    assert len(kinds) > 2  # some results are worked
+    begin = [row["response"][0] for row in rows if row["context"][-1] == "="]
+    assert len(begin) > 7 and len({*begin}) > 1  # worked or guessed
 
 
 def test_a_guess_is_a_whole_token_of_text(toy, monkeypatch):

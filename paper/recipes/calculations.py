@@ -14,7 +14,6 @@ import decimal
 import operator
 from collections import namedtuple
 from decimal import Decimal
-from random import Random
 
 LONGEST = 110  # characters of a thought
 EXACT = decimal.Context(prec=5, traps=[decimal.Inexact])
