@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +101,9 @@ def corpus_entropy(task: Task, corpus: Corpus) -> np.ndarray:
 
 @torch.no_grad()
 def entropies(model: Transformer, corpus: Corpus) -> np.ndarray:
-    """Return the entropy of each token of the corpus given what precedes it, float32 [N], in nats;
-    nan where nothing does.
+    """Return the entropy of each token given what precedes it, float32 [N]; nan where nothing does.
 
-    It is over the model's 16 most probable tokens, renormalized: at most ln 16 = 2.77. Processes
+    It is over the 16 most probable tokens, renormalized: at most ln 16 = 2.77 nats. Processes
     share the documents.
     """
     (rank, world), lengths = rank_and_world(), np.diff(corpus.starts)
@@ -199,6 +198,12 @@ def to_text(content: bytes | None) -> str | None:
 # ------------------------------------------------------------------------------------ statistics
 
 
+@lru_cache(4)  # many measures have the same clusters, and drawing is slow
+def resample(clusters: int, resamples: int) -> np.ndarray:
+    """Return how often each resample holds each cluster [resamples, clusters]."""
+    return np.random.default_rng(0).multinomial(clusters, [1 / clusters] * clusters, resamples)
+
+
 def bootstrap_interval(values: Sequence[float], clusters: Sequence[int],
                        resamples: int = 2000) -> tuple[float, float, float]:
     """Return (mean, low, high) of values [N], low and high by the 95 % percentile bootstrap.
@@ -208,7 +213,7 @@ def bootstrap_interval(values: Sequence[float], clusters: Sequence[int],
     """
     _, member = np.unique(clusters, return_inverse=True)  # [N]
     sums, counts = np.bincount(member, weights=values), np.bincount(member)  # [clusters]
-    drawn = np.random.default_rng(0).multinomial(len(sums), [1 / len(sums)] * len(sums), resamples)
+    drawn = resample(len(sums), resamples)
     low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
     return float(np.mean(values)), float(low), float(high)
 

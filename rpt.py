@@ -124,8 +124,7 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     """Map rewards [Q, G] to advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), or R - mean.
 
     The standard deviation is unbiased. It makes a rare success weigh more than a frequent one.
-    Equal rewards give exactly zero. That is tested on the rewards, because R - mean may be rounding
-    noise.
+    Equal rewards give exactly zero. The rewards are tested, as R - mean may be rounding noise.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -247,8 +246,7 @@ IDLE = [(0, Response([0], [0.0], 0.0, 0.0))]  # a slice for a process that has n
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, groups: Sequence[Group],
            method: Method) -> dict[str, float]:
-    """Make `method.updates` optimizer steps on the groups of all processes; returns the metrics,
-    the same on every process.
+    """Make `method.updates` optimizer steps on the groups of all processes; returns their metrics.
 
     The metrics are of the first optimizer step, before the weights move; only `skipped` is of the
     last. A step that is not finite changes nothing; the steps before it stay.

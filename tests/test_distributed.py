@@ -1,9 +1,5 @@
 """What is computed does not depend on how many processes compute it, nor on their folders. Real
-processes, gloo, the toy's model.
-
-As a program, `torchrun test_distributed.py FILE OPTIONS`, it runs train.py and writes to FILE the
-weights before each step, the gradient that the optimizer saw, and what was learned from.
-"""
+processes, gloo, the toy's model."""
 
 import os
 import signal
@@ -11,28 +7,28 @@ import subprocess
 import sys
 from functools import cache
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import train
+from helpers import ROOT, assert_rounds_to, exact_gradient
+from model import all_gather, load_pretrained, rank_and_world
+from paper.report import read_rows
+from rpt import next_token_step, rpt_step
+from test_rpt import GRADIENT, METHOD, descent
 
-import train  # noqa: E402
-from helpers import ROOT, assert_rounds_to, exact_gradient  # noqa: E402
-from model import all_gather, load_pretrained, rank_and_world  # noqa: E402
-from paper.report import read_rows  # noqa: E402
-from rpt import next_token_step, rpt_step  # noqa: E402
-from test_rpt import GRADIENT, METHOD, descent  # noqa: E402
-
-RPT = ("--holdout 40 --eval-questions 0 --steps 3 --save-every 1 --lr 0.002 --questions 7 "
+RPT = ("--eval-questions 0 --steps 3 --save-every 1 --lr 0.002 --questions 7 "
        "--group-size 4 --max-response 40 --max-rows 10 --grad-clip 1e9 --device cpu "
        "--dynamic-from 1").split()  # step 0 is usual RPT
-NTP = "--recipe toy --stage ntp --steps 2 --questions 9 --grad-clip 1e9 --device cpu".split()
+NTP = "--stage ntp --steps 2 --questions 9 --grad-clip 1e9 --device cpu".split()
 
 
 def record_steps(file, options):
-    """Run train.main, and note each step."""
+    """Run train.main and write to `file` the weights before each step, the gradient that the
+    optimizer saw, and what was learned from."""
     steps, stage = [], rpt_step if "ntp" not in options else next_token_step
 
     def whole(tensors):
@@ -54,18 +50,37 @@ def record_steps(file, options):
     train.main(options, one_step=one_step)
 
 
-def launch(out, *options, program=ROOT / "train.py"):
-    """Start two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               2, program, *options, "--out", out, "--cache", out.parent / "cache"]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def places(out):
+    """The toy's options with a run's folder and, beside it, entropies and a short corpus."""
+    corpus = out.parent / "corpus.jsonl"
+    lines = (ROOT / "toy/corpus.jsonl").read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines[:400]))
+    return (f"--recipe toy --corpus {corpus} --holdout 40 --cache {out.parent}/cache "
+            f"--out {out}").split()
 
 
-def run(*options, **how):
-    process = launch(*options, **how)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-2000:]
+def place(rank):
+    """What torchrun tells one of two processes."""
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": f"{20000 + os.getpid() % 9999}"}
+
+
+def take_part(environment, function, arguments):
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def together(function, *arguments):
+    """Call a function in two processes."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train"])  # what both import is imported once
+    parts = [context.Process(target=take_part, args=(place(n), function, arguments), daemon=True)
+             for n in range(2)]
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join(240)
+    assert [part.exitcode for part in parts] == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +89,11 @@ def recorded(tmp_path_factory):
     @cache
     def once(processes, *options):
         out = tmp_path_factory.mktemp("run")
+        how = out / "steps.pt", [*options, *places(out)]
         if processes == 1:  # this one
-            record_steps(out / "steps.pt",
-                         [*options, "--out", str(out), "--cache", str(out.parent / "cache")])
+            record_steps(*how)
         else:
-            run(out, out / "steps.pt", *options, program=__file__)
+            together(record_steps, *how)
         return out
     return once
 
@@ -114,14 +129,16 @@ def test_two_processes_compute_what_one_does(options, recorded, toy):
 def test_a_killed_process_loses_nothing(recorded):
     whole = recorded(2, *RPT)
     out = whole.parent / "cut"  # with the same entropies
-    process = launch(out, *RPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", ROOT / "train.py", *RPT, *places(out)]
+    process = subprocess.Popen(command)
     while process.poll() is None:
         if list(out.glob("checkpoints/step-*")):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
-    process.communicate(timeout=240)
-    run(out, *RPT)
+    process.wait(240)
+    together(train.main, [*RPT, *places(out)])
     wanted, again = read_rows(whole / "metrics.jsonl"), read_rows(out / "metrics.jsonl")
     for row in wanted + again:
         row.pop("seconds")
@@ -135,17 +152,10 @@ def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_pa
     started = []
     for rank in range(2):
         (tmp_path / f"{rank}").mkdir()
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
-                                    "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": f"{20000 + os.getpid() % 9999}"}
-        command = [sys.executable, str(ROOT / "train.py"), *RPT, "--out", "run"]
-        started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", env=environment,
-                                        stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, ROOT / "train.py", *RPT, "--out", "run"]
+        started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", text=True,
+                                        env=os.environ | place(rank), stderr=subprocess.PIPE))
     said = [process.communicate(timeout=200)[1] for process in started]
     assert all(process.returncode for process in started)
     assert all("--out run: the processes see different folders" in text for text in said), said
     assert not (tmp_path / "0/run/metrics.jsonl").exists()
-
-
-if __name__ == "__main__":
-    record_steps(sys.argv[1], sys.argv[2:])

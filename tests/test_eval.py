@@ -256,7 +256,8 @@ def test_processes_share_what_is_measured(base, says, monkeypatch):
 def command(monkeypatch, capsys, tmp_path):
     """Runs eval.py; what it printed, and the records."""
     def run(folder, options):
-        options = f"--out {tmp_path}/out --cache {tmp_path} --eval-questions 20 {options}"
+        options = (f"--out {tmp_path}/out --cache {tmp_path.parent}/cache --eval-questions 20 "
+                   f"{options}")
         monkeypatch.setattr(sys, "argv", ["eval.py", str(folder), *options.split()])
         capsys.readouterr()
         evaluation.main()

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from html import unescape
 
 import pytest
-from helpers import plain_logits
+from helpers import ROOT, plain_logits
 
 from data import Question, Tokenizer
 from paper import ask, choices, report
@@ -106,4 +106,4 @@ def test_a_wrong_file_is_one_sentence(toy, tmp_path, monkeypatch, command, says)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(SystemExit, match=says):
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_path(str(ROOT / f"{module.replace('.', '/')}.py"), run_name="__main__")

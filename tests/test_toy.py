@@ -147,9 +147,9 @@ def test_a_base_is_as_weak_as_the_experiments_need(toy, tmp_path, seed):
 # ---- one step
 
 
-def test_one_step_by_hand_prints_what_the_modules_do(capsys):
+def test_one_step_by_hand_prints_what_the_modules_do(capsys, tmp_path):
     """Numbers with a decimal point may be rounded differently on another machine."""
-    step.main(["--recipe", "toy", "--seed", "1"])
+    step.main(["--recipe", "toy", "--seed", "1", "--cache", f"{tmp_path.parent}/cache"])
     out = capsys.readouterr().out
     stored = (Path(step.__file__).parent / "step.md").read_text()
     printed, stored = (re.sub(r" *[-+]?\d+\.\d+", " #", text).split("\n") for text in (out, stored))

@@ -126,7 +126,7 @@ def refusal(*arguments, **how):
 
 
 def test_the_first_command_leaves_its_table_logs_and_model(toy, out, world, capsys):
-    train.main([*SMALL.split(), f"--out={out}", f"--cache={world}"])
+    train.main([*SMALL.split(), f"--out={out}", f"--cache={out.parent.parent}/cache"])
     said = capsys.readouterr().out
     for words in ("held-out in %", "answers in %", "choices in %", "step 0, standard",
                   "step 3, reasoning", "step 0, a rollout:", "step 2, a rollout:"):
