@@ -57,7 +57,8 @@ class Task(Method):
     samples: int = option(1, "responses to each; above 1 also majority vote and pass@k")
     seed: int = option(0, "decides the order of the data and every sampled token", least=0)
     date: str = option("", "YYYY-MM-DD, for chat templates that show it (default: when it began)")
-    dtype: str = option("float32", "of the computation", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of the computation; on a CPU without AVX-512 bfloat16 is slow",
+                        choices=("float32", "bfloat16"))
     device: str = option(DEVICE, "cuda is also ROCm's name", choices=("cpu", DEVICE))
     cache: str = option("runs/cache", "folder of the entropies")
 

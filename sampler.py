@@ -163,9 +163,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *,
              keys: Sequence[int] | None = None, **sampling) -> list[list[Completion]]:
     """Sample completions of every prompt (token ids); returns them as [prompt][sample].
 
-    sampling: the fields of Sampling. keys: one integer per prompt (default: its index), which
-    together with the seed and the sample's number decides the randomness. The plain form is
-    toy/mini.py's `rollout`.
+    sampling: the fields of Sampling. keys: one integer per prompt (default: its index); with seed
+    and sample number it decides the randomness. The plain form is toy/mini.py's `rollout`.
     """
     if not all(map(len, prompts)):
         raise ValueError("a prompt is empty: it needs at least one token")

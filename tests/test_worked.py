@@ -19,7 +19,7 @@ from paper.recipes.calculations import draw, work
 from paper.report import read_rows
 from sampler import Completion
 
-TRAIN = "--questions 16 --lr 0.005 --dtype float32 --max-prompt 384 --steps"
+TRAIN = "--questions 16 --lr 0.005 --max-prompt 384 --steps"
 ASK = ("--region all --min-entropy 0.01 --template toy --samples 2 --max-prompt 384 "
        "--max-response 100 --steps 2 --questions 4 --group-size 4")
 STAGES = {"format": 2, "ability": 16, "habit": 50, "choice": 2, "mixed": 2, "digits": 2}

@@ -2,11 +2,11 @@ r"""A start for thoughts that compute: a model learns to work calculations on pa
 before it predicts. Each stage is supervised training that begins with the model of the one before:
 
     python -m paper.recipes.worked_start ability a.jsonl --corpus b.jsonl --holdout 700 \
-        --model BASE --out runs/ability
+        --model BASE --out runs/ability --dtype bfloat16
     python -m paper.recipes.worked_start habit a.jsonl --corpus b.jsonl --holdout 700 \
-        --model runs/ability/model --out runs/habit
+        --model runs/ability/model --out runs/habit --dtype bfloat16
     python -m paper.recipes.worked_start mixed a.jsonl --corpus b.jsonl --holdout 700 \
-        --model runs/habit/model --out runs/mixed
+        --model runs/habit/model --out runs/mixed --dtype bfloat16
 
 Both files have calculator annotations such as <<120-40=80>>. b.jsonl is what RPT reads next (see
 multi_step.py), with the same --holdout and --seed; a.jsonl has other texts. The other options are
@@ -68,7 +68,7 @@ RESULT = "<<[^<>=]+="
 STAGES = {"ability": dict(steps=250, questions=8, lr=4e-4), "habit": dict(steps=70, lr=1e-4),
           "mixed": dict(steps=66, lr=3e-5), "choice": dict(steps=100, lr=1e-4),
           "digits": dict(steps=48, lr=1e-4), "format": dict(steps=70, lr=1e-4)}
-COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512, dtype="bfloat16")
+COMMON = dict(stage="ntp", recipe="small", weight_decay=0.0, max_prompt=512)
 
 
 def read_texts(source):
