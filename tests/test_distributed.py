@@ -2,13 +2,12 @@
 processes, gloo, the toy's model."""
 
 import os
-import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +49,7 @@ def record_steps(file, options):
     train.main(options, one_step=one_step)
 
 
-def places(out):
+def toy_options(out):
     """The toy's options with a run's folder and, beside it, entropies and a short corpus."""
     corpus = out.parent / "corpus.jsonl"
     lines = (ROOT / "toy/corpus.jsonl").read_text().splitlines(keepends=True)
@@ -59,7 +58,7 @@ def places(out):
             f"--out {out}").split()
 
 
-def place(rank):
+def told(rank):
     """What torchrun tells one of two processes."""
     return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": f"{20000 + os.getpid() % 9999}"}
@@ -70,17 +69,22 @@ def take_part(environment, function, arguments):
     function(*arguments)
 
 
-def together(function, *arguments):
-    """Call a function in two processes."""
+def start(function, *arguments):
+    """Call a function in two processes; returns these."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["train"])  # what both import is imported once
-    parts = [context.Process(target=take_part, args=(place(n), function, arguments), daemon=True)
+    parts = [context.Process(target=take_part, args=(told(n), function, arguments), daemon=True)
              for n in range(2)]
     for part in parts:
         part.start()
+    return parts
+
+
+def ends(parts):
+    """Wait for the processes; returns how they ended."""
     for part in parts:
         part.join(240)
-    assert [part.exitcode for part in parts] == [0, 0]
+    return [part.exitcode for part in parts]
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +93,11 @@ def recorded(tmp_path_factory):
     @cache
     def once(processes, *options):
         out = tmp_path_factory.mktemp("run")
-        how = out / "steps.pt", [*options, *places(out)]
+        how = out / "steps.pt", [*options, *toy_options(out)]
         if processes == 1:  # this one
             record_steps(*how)
         else:
-            together(record_steps, *how)
+            assert ends(start(record_steps, *how)) == [0, 0]
         return out
     return once
 
@@ -129,16 +133,13 @@ def test_two_processes_compute_what_one_does(options, recorded, toy):
 def test_a_killed_process_loses_nothing(recorded):
     whole = recorded(2, *RPT)
     out = whole.parent / "cut"  # with the same entropies
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", ROOT / "train.py", *RPT, *places(out)]
-    process = subprocess.Popen(command)
-    while process.poll() is None:
-        if list(out.glob("checkpoints/step-*")):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
-    process.wait(240)
-    together(train.main, [*RPT, *places(out)])
+    how = train.main, [*RPT, *toy_options(out)]
+    parts = start(*how)
+    while parts[1].is_alive() and not list(out.glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    parts[1].kill()
+    assert all(ends(parts))  # the other one fails at once
+    assert ends(start(*how)) == [0, 0]
     wanted, again = read_rows(whole / "metrics.jsonl"), read_rows(out / "metrics.jsonl")
     for row in wanted + again:
         row.pop("seconds")
@@ -154,7 +155,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so_before_any_work(tmp_pa
         (tmp_path / f"{rank}").mkdir()
         command = [sys.executable, ROOT / "train.py", *RPT, "--out", "run"]
         started.append(subprocess.Popen(command, cwd=tmp_path / f"{rank}", text=True,
-                                        env=os.environ | place(rank), stderr=subprocess.PIPE))
+                                        env=os.environ | told(rank), stderr=subprocess.PIPE))
     said = [process.communicate(timeout=200)[1] for process in started]
     assert all(process.returncode for process in started)
     assert all("--out run: the processes see different folders" in text for text in said), said
