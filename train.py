@@ -287,7 +287,7 @@ def watch(bar: tqdm, step: int, metrics: dict, in_a_row: Counter) -> None:
                  "last checkpoint")
     if in_a_row["idle"] == PATIENCE and is_first():
         reasons = {("finished", 0): "no response ends within --max-response",
-                   ("parsed", 0): "no response boxes a prediction; a cold start teaches the format",
+                   ("parsed", 0): "no response boxes anything; worked_start's stage format helps",
                    ("reward", 0): "every prediction that can be read is wrong",
                    ("reward", 1): "every reward is 1"}
         reason = next((text for (name, x), text in reasons.items() if metrics.get(name) == x),

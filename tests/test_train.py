@@ -360,7 +360,7 @@ def test_three_steps_in_a_row_without_an_informative_group_are_said_once_with_th
                one_step=lambda policy, optimizer, draw, step, *_: ([], dict(script[step])))
     said = [line for line in capsys.readouterr().out.splitlines() if "nothing was learned" in line]
     for line, (step, reason) in zip(said, {
-            5: "every prediction that can be read is wrong", 10: "no response boxes a prediction",
+            5: "every prediction that can be read is wrong", 10: "no response boxes anything",
             14: "no response ends within --max-response", 18: "every reward is 1",
             22: "some groups are all right"
             }.items(), strict=True):

@@ -5,9 +5,9 @@
 The file may be a run's rollouts, or the records of an evaluation. The figure shows how reward,
 length and the share of worked responses went in a run.
 
-A response is worked if its thought has a step. `share` is of all responses of the kind, and `steps`
-is the share of a response's steps that are right, in the mean. To look at divisions alone, begin
-with: grep '/[0-9]*=", "truth"' FILE
+A response is worked if its thought has a step. `share` is of all responses of the kind in a quarter
+of the run, and `steps` is the mean share of a response's steps that are right. To look at divisions
+alone, begin with: grep '/[0-9]*=", "truth"' FILE
 """
 
 import re

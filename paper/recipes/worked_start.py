@@ -10,7 +10,8 @@ before it predicts. Each stage is supervised training that begins with the model
 
 Both files have calculator annotations such as <<120-40=80>>. b.jsonl is what RPT reads next (see
 multi_step.py), with the same --holdout and --seed; a.jsonl has other texts. The other options are
-train.py's. Use one process. Keep --steps, which decides how many rows there are (except in mixed).
+train.py's, but prompts are of template toy. Use one process. Keep --steps and --questions, which
+decide how many rows there are (except in mixed).
 
 ability  plain text: random calculations worked place by place (calculations.py), single steps, and
          documents, so that language stays
@@ -34,13 +35,13 @@ digits   for --all-digits: worked responses whose contexts may have some of the 
 
 For texts without annotations there is `format`, which takes the place of all of them. It teaches a
 model that never boxes a prediction to box one, the token that the model itself says after a
-context. RPT then has something to reward, but no thoughts to begin with:
+context. RPT (with --template toy) then has something to reward, but no thoughts to begin with:
 
     python -m paper.recipes.worked_start format texts.jsonl --corpus FILE --model MODEL --out DIR
 
 expected: after the three stages 93 % of responses to multi-step calculations work them, and 47.9 %
-are right (paper/results.md). They take 84, 16 and 26 minutes on two idle cores, by the time of a
-few steps of each. format has only been run on the toy.
+are right (paper/results.md). They take 84, 16 and 26 minutes on two idle cores, estimated from a
+few steps of each. format and choice have only been run on the toy.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def ask(random, tokenizer, ids, calculation="", response=""):
             "prompt": TEMPLATES["toy"].replace("{context}", context)}
 
 
-def natural_rows(random, texts, tokenizer, count, end=""):
+def natural_rows(random, texts, tokenizer, count, end="(?s:.)"):
     """Make prompts that end anywhere in a document where `end` matches."""
     rows = []
     while len(rows) < count:
@@ -152,8 +153,8 @@ def make_rows(stage, run, texts, corpus):
     if stage == "format":
         return own(natural(count), *TOKEN)
     if stage == "choice":  # 5 of 16 at results, where most responses are worked
-        return (own(natural(3 * part, RESULT) + natural(2 * part), *RESPONSE)
-                + own(natural(2 * part, RESULT), *NUMBER) + own(natural(9 * part), *TOKEN))
+        return (own(natural(3 * part, RESULT) + natural(2 * part, "[^=]"), *RESPONSE)
+                + own(natural(2 * part, RESULT), *NUMBER) + own(natural(9 * part, "[^=]"), *TOKEN))
     if stage in WORKED:
         rows = worked_rows(*source, tokenizer, count, stage == "digits")
         split = round(WORKED[stage] * count)
