@@ -18,8 +18,8 @@ ability  plain text: random calculations worked place by place (calculations.py)
 habit    responses to contexts. A context is a document cut at an annotation, with a random
          calculation in the place of its own. Two in five responses work it (WORKED), the others box
          a quick guess of the model; the box holds the whole result
-mixed    the text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins
-         after supervised learning has had its turn
+mixed    text that RPT trains on, and as many worked responses (Mixed SFT), so that RPT begins after
+         supervised learning has had its turn; the 66 steps read one row in eleven
 
 Of these only `mixed` reads more of the corpus than its expressions. None of them is ever worked as
 it is spelled there, though it may be a step of another one.
@@ -127,7 +127,7 @@ def worked_rows(random, texts, avoid, tokenizer, count, digits=False):
 def own_rows(run, tokenizer, rows, length, form):
     """Replace the responses by the model's own, or by a box of what it writes after the context.
     Leave out rows where that is not of the form."""
-    model, own = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
+    model, kept = load_pretrained(run.model, run.device, DTYPES[run.dtype]), []
     responds = form == RESPONSE[1]
     prompts = [tokenizer.chat(row["prompt"]) if responds else
                [*tokenizer.bos, *tokenizer.encode(row["context"])] for row in rows]
@@ -137,8 +137,8 @@ def own_rows(run, tokenizer, rows, length, form):
         ids = [id for id in completion.ids if id not in tokenizer.eos_ids]
         if text := re.match(form, tokenizer.bytes_of(ids).decode(errors="replace")):
             response = text[0] if responds else box(text[0].encode()).decode()
-            own.append(row | {"response": response})
-    return own
+            kept.append(row | {"response": response})
+    return kept
 
 
 def make_rows(stage, run, texts, corpus):
@@ -168,16 +168,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("documents")
-    own, options = parser.parse_known_args(argv)
-    stage, defaults = own.stage, COMMON | STAGES[own.stage]
+    named, options = parser.parse_known_args(argv)
+    stage, defaults = named.stage, COMMON | STAGES[named.stage]
     run = train.parse(options, defaults)
     try:
         corpus = read_texts(run.corpus)
-        texts = [text for text in read_texts(own.documents)
+        texts = [text for text in read_texts(named.documents)
                  if stage == "format" or re.search(RESULT, text)]
         if not texts or set(texts) & set(corpus):
-            raise ValueError(f"{own.documents}: needs other texts than --corpus, with annotations "
-                             "unless the stage is format")
+            raise ValueError(f"{named.documents}: needs other texts than --corpus, with "
+                             "annotations unless the stage is format")
         rows, file = make_rows(stage, run, texts, corpus), Path(run.out) / "rows.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, rows)
