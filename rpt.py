@@ -124,7 +124,7 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     """Map rewards [Q, G] to advantages [Q, G], float64: A = (R - mean) / (std + 1e-6), or R - mean.
 
     The standard deviation is unbiased. It makes a rare success weigh more than a frequent one.
-    Equal rewards give exactly zero. The rewards are tested, as R - mean may be rounding noise.
+    Equal rewards give exactly zero. The test is on the rewards: R - mean may be rounding noise.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)

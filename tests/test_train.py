@@ -125,7 +125,7 @@ def refusal(*arguments, **how):
 # ---- the first command
 
 
-def test_the_first_command_leaves_its_table_logs_and_model(toy, out, world, capsys):
+def test_the_first_command_leaves_its_table_logs_and_model(toy, out, capsys):
     train.main([*SMALL.split(), f"--out={out}", f"--cache={out.parent.parent}/cache"])
     said = capsys.readouterr().out
     for words in ("held-out in %", "answers in %", "choices in %", "step 0, standard",
