@@ -138,12 +138,14 @@ def test_a_guess_is_a_whole_token_of_text(toy, monkeypatch):
     assert row["response"] == "</think>\\boxed{ D}"
 
 
-@pytest.mark.parametrize("words", ["abilty a", "habit a --model m --corpus no/such/file"])
+@pytest.mark.parametrize("words", [
+    "abilty a", "habit a --model m --corpus no/such/file",
+    f"format {ROOT}/toy/corpus.jsonl --model m --corpus {ROOT}/toy/corpus.jsonl"])
 def test_what_a_user_can_mend_is_one_sentence(words, capsys):
     with pytest.raises(SystemExit) as ended:
         worked_start.main(words.split())
     said = f"{ended.value} {capsys.readouterr().err}"
-    assert re.search("invalid choice: 'abilty'|no/such/file: no such file", said)
+    assert re.search("invalid choice: 'abilty'|/file: no such file|needs other texts", said)
 
 
 def test_the_chain_asks_at_results_and_counts_worked_thoughts(chain):
