@@ -133,9 +133,9 @@ def test_a_guess_is_a_whole_token_of_text(toy, monkeypatch):
     said = [tokenizer.eos_ids, *map(tokenizer.encode, (" D}", " D")), tokenizer.encode("é")[:1]]
     monkeypatch.setattr(worked_start, "generate",
                         lambda *_, **how: [[Completion(ids, [], True)] for ids in said])
-    (row,) = worked_start.own_rows(train.parse([]), tokenizer, [{"context": "x"}] * 4,
-                                   *worked_start.TOKEN)
-    assert row["response"] == "</think>\\boxed{ D}"
+    rows = worked_start.natural_rows(Random(4), ["é"], tokenizer, 4)  # half an é is no context
+    (row,) = worked_start.own_rows(train.parse([]), tokenizer, rows, *worked_start.TOKEN)
+    assert (row["context"], row["response"]) == ("é", "</think>\\boxed{ D}")
 
 
 @pytest.mark.parametrize("words", [
